@@ -1,0 +1,82 @@
+# Baton's commands. The ones you need: make setup, make check, make test, make demo.
+#
+#   PYTHON       the interpreter to build .venv with; 3.11 or later
+#   TORCH_SPEC   which torch to install
+#   TORCH_INDEX  where from, e.g. https://download.pytorch.org/whl/cpu where the default index would give a CUDA build
+
+PYTHON ?= python3
+TORCH_SPEC ?= torch==2.13.0
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+PACKAGES := $(wildcard baton kv_transfer ranks prefill_node decode_node router cluster simulator bench)
+READY := .venv/.ready
+PROTO_READY := .venv-proto/.ready
+PIP := -m pip --disable-pip-version-check install -qq
+
+.DEFAULT_GOAL := check
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: setup proto format format-check lint types check test test-full demo clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "Baton needs Python 3.11 or later, and '$(PYTHON)' is not: name one with make PYTHON=python3.11"; exit 1; }
+	@echo "[1/3] creating .venv with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv .venv
+	@echo "[2/3] installing $(TORCH_SPEC) (the largest download) ..."
+	@$(BIN)/python $(PIP) --no-deps $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH_SPEC)"
+	@echo "[3/3] installing Baton, what it needs and its development tools ..."
+	@$(BIN)/python $(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+	@echo "Ready: .venv/bin/baton is the command, make check and make test prove it."
+
+# The generator has a virtual environment of its own: stubs of this version import on protobuf 3.20 to 7.x.
+$(PROTO_READY): Makefile
+	@echo "creating .venv-proto with grpcio-tools 1.62.3 ..."
+	@$(PYTHON) -m venv .venv-proto
+	@.venv-proto/bin/python $(PIP) grpcio-tools==1.62.3 'setuptools<81'
+	@touch $@
+
+proto: $(PROTO_READY)
+	.venv-proto/bin/python -m grpc_tools.protoc -Iproto --python_out=. --grpc_python_out=. --pyi_out=. proto/baton/v1/*.proto
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+format-check: $(READY)
+	$(BIN)/ruff format --check .
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy $(PACKAGES)
+
+check: format-check lint types $(PROTO_READY)
+	$(BIN)/python -m pytest -m "not relay and not slow and not demo"
+
+# pytest calls an empty selection an error, rightly; so the marked tests run from the day there is one.
+test: check
+ifneq ($(shell grep -rlE 'mark\.(relay|demo)\b' tests --include='*.py'),)
+	$(BIN)/python -m pytest -m "(relay or demo) and not slow"
+else
+	@echo "no test is marked relay or demo yet"
+endif
+
+test-full: test
+ifneq ($(shell grep -rlE 'mark\.slow\b' tests --include='*.py'),)
+	$(BIN)/python -m pytest -m slow
+else
+	@echo "no test is marked slow yet"
+endif
+
+demo: $(READY)
+	@$(BIN)/python -m cluster.demo
+
+clean:
+	rm -rf build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

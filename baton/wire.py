@@ -1,0 +1,309 @@
+"""Messages of baton.v1 <-> our types: the only file that knows both. Pure conversion; ValueError-free: bad values raise InvalidRequest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from baton import request as types
+from baton.errors import BatonError, InvalidRequest
+from baton.v1 import inference_pb2, node_pb2, transfer_pb2
+
+_FINISH_TO_MESSAGE = {
+    None: inference_pb2.FINISH_REASON_UNSPECIFIED,
+    types.FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    types.FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+}
+_FINISH_FROM_MESSAGE = {message: reason for reason, message in _FINISH_TO_MESSAGE.items()}
+
+
+def error_to_message(error: BatonError) -> inference_pb2.ErrorDetail:
+    """The facts of an error; its class travels as the gRPC status beside it."""
+    return inference_pb2.ErrorDetail(
+        stage=error.stage,
+        node=error.node,
+        cause=error.cause,
+        message=error.message,
+        retryable=error.retryable,
+        retry_after_s=error.retry_after_s,
+    )
+
+
+def error_from_message(message: inference_pb2.ErrorDetail, kind: type[BatonError]) -> BatonError:
+    """The error of class `kind` with the facts in `message`."""
+    return kind(
+        message.message,
+        stage=message.stage,
+        node=message.node,
+        cause=message.cause,
+        retryable=message.retryable,
+        retry_after_s=message.retry_after_s if message.HasField("retry_after_s") else None,
+    )
+
+
+def logprob_to_message(logprob: types.TokenLogprob) -> inference_pb2.TokenLogprob:
+    """One token's log-probabilities."""
+    top = [inference_pb2.TopLogprob(token_id=token_id, logprob=value) for token_id, value in logprob.top]
+    return inference_pb2.TokenLogprob(token_id=logprob.token_id, logprob=logprob.logprob, top=top)
+
+
+def logprob_from_message(message: inference_pb2.TokenLogprob) -> types.TokenLogprob:
+    """The inverse of logprob_to_message."""
+    return types.TokenLogprob(message.token_id, message.logprob, tuple((top.token_id, top.logprob) for top in message.top))
+
+
+def finish_to_message(reason: types.FinishReason | None) -> inference_pb2.FinishReason:
+    """UNSPECIFIED stands for "goes on"."""
+    return _FINISH_TO_MESSAGE[reason]
+
+
+def finish_from_message(message: inference_pb2.FinishReason) -> types.FinishReason | None:
+    """The inverse of finish_to_message; InvalidRequest for a value this version does not know."""
+    if message not in _FINISH_FROM_MESSAGE:
+        raise InvalidRequest(f"unknown finish reason {message}; the peer speaks a newer protocol")
+    return _FINISH_FROM_MESSAGE[message]
+
+
+def sequence_to_message(sequence: types.SequenceRequest, time_left_s: float) -> node_pb2.SequenceRequest:
+    """A sequence as a node sees it, with the seconds left until its deadline."""
+    return node_pb2.SequenceRequest(
+        request_id=sequence.request_id,
+        attempt=sequence.attempt,
+        prompt_ids=sequence.prompt_ids,
+        emitted_ids=sequence.emitted_ids,
+        sampling=_sampling_to_message(sequence.sampling),
+        time_left_s=time_left_s,
+    )
+
+
+def sequence_from_message(message: node_pb2.SequenceRequest) -> types.SequenceRequest:
+    """The inverse of sequence_to_message; InvalidRequest for an empty prompt."""
+    if not message.prompt_ids:
+        raise InvalidRequest(f"sequence {message.request_id} has no prompt tokens", cause="empty_prompt")
+    return types.SequenceRequest(
+        request_id=message.request_id,
+        attempt=message.attempt,
+        prompt_ids=tuple(message.prompt_ids),
+        sampling=_sampling_from_message(message.sampling),
+        emitted_ids=tuple(message.emitted_ids),
+    )
+
+
+def _sampling_to_message(sampling: types.Sampling) -> node_pb2.ResolvedSampling:
+    return node_pb2.ResolvedSampling(
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        stop_token_ids=sampling.stop_token_ids,
+        num_logprobs=sampling.num_logprobs,
+    )
+
+
+def _sampling_from_message(message: node_pb2.ResolvedSampling) -> types.Sampling:
+    return types.Sampling(
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        seed=message.seed,
+        stop_token_ids=tuple(message.stop_token_ids),
+        num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
+    )
+
+
+def token_event_to_message(event: types.TokenEvent) -> node_pb2.TokenEvent:
+    """Tokens of one sequence and step."""
+    return node_pb2.TokenEvent(
+        request_id=event.request_id,
+        attempt=event.attempt,
+        output_index=event.output_index,
+        token_ids=event.token_ids,
+        logprobs=[logprob_to_message(item) for item in event.logprobs],
+        finish_reason=finish_to_message(event.finish_reason),
+        cached_tokens=event.cached_tokens,
+    )
+
+
+def token_event_from_message(message: node_pb2.TokenEvent) -> types.TokenEvent:
+    """The inverse of token_event_to_message."""
+    return types.TokenEvent(
+        request_id=message.request_id,
+        attempt=message.attempt,
+        output_index=message.output_index,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(logprob_from_message(item) for item in message.logprobs),
+        finish_reason=finish_from_message(message.finish_reason),
+        cached_tokens=message.cached_tokens if message.HasField("cached_tokens") else None,
+    )
+
+
+def counts_to_message(counts: types.BlockCounts) -> node_pb2.BlockCounts:
+    """Where a pool's blocks are."""
+    return node_pb2.BlockCounts(
+        total=counts.total, free=counts.free, cached=counts.cached, held=counts.held, quarantined=counts.quarantined
+    )
+
+
+def counts_from_message(message: node_pb2.BlockCounts) -> types.BlockCounts:
+    """The inverse of counts_to_message."""
+    return types.BlockCounts(message.total, message.free, message.cached, message.held, message.quarantined)
+
+
+def final_token_to_message(event: types.TokenEvent) -> transfer_pb2.FinalToken:
+    """Prefill's one token event as the last announcement carries it."""
+    return transfer_pb2.FinalToken(
+        output_index=event.output_index,
+        token_id=event.token_ids[0],
+        logprob=logprob_to_message(event.logprobs[0]) if event.logprobs else None,
+        finish_reason=finish_to_message(event.finish_reason),
+    )
+
+
+def generate_request_from_message(message: inference_pb2.GenerateRequest, timeout_s: float | None) -> types.GenerateRequest:
+    """A client's request; InvalidRequest if it has no prompt."""
+    return types.GenerateRequest(
+        prompt=_prompt_from_message(message),
+        sampling=_asked_from_message(message.sampling),
+        request_id=message.request_id,
+        model=message.model,
+        n=message.n if message.HasField("n") else 1,
+        stream=message.stream if message.HasField("stream") else True,
+        echo=message.echo,
+        timeout_s=timeout_s,
+    )
+
+
+def generate_request_to_message(request: types.GenerateRequest) -> inference_pb2.GenerateRequest:
+    """The inverse of generate_request_from_message (the timeout travels as the call's deadline)."""
+    prompt = request.prompt
+    chat = None
+    if prompt.messages is not None:
+        messages = [inference_pb2.ChatMessage(role=item["role"], content=item["content"]) for item in prompt.messages]
+        chat = inference_pb2.ChatPrompt(messages=messages, add_generation_prompt=prompt.add_generation_prompt)
+    return inference_pb2.GenerateRequest(
+        request_id=request.request_id,
+        model=request.model,
+        text=prompt.text,
+        chat=chat,
+        token_ids=None if prompt.token_ids is None else inference_pb2.TokenIds(ids=prompt.token_ids),
+        sampling=_asked_to_message(request.sampling),
+        n=request.n,
+        stream=request.stream,
+        echo=request.echo,
+    )
+
+
+def _prompt_from_message(message: inference_pb2.GenerateRequest) -> types.Prompt:
+    match message.WhichOneof("prompt"):
+        case "text":
+            return types.Prompt(text=message.text)
+        case "token_ids":
+            return types.Prompt(token_ids=tuple(message.token_ids.ids))
+        case "chat":
+            chat = message.chat
+            wanted = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
+            messages = tuple({"role": item.role, "content": item.content} for item in chat.messages)
+            return types.Prompt(messages=messages, add_generation_prompt=wanted)
+    raise InvalidRequest("the request has no prompt: set text, chat or token_ids", cause="empty_prompt")
+
+
+def _asked_from_message(message: inference_pb2.Sampling) -> types.SamplingAsked:
+    def given(name: str) -> bool:
+        return message.HasField(name)
+
+    return types.SamplingAsked(
+        max_tokens=message.max_tokens if given("max_tokens") else None,
+        min_tokens=message.min_tokens if given("min_tokens") else None,
+        temperature=message.temperature if given("temperature") else None,
+        top_k=message.top_k if given("top_k") else None,
+        top_p=message.top_p if given("top_p") else None,
+        min_p=message.min_p if given("min_p") else None,
+        seed=message.seed if given("seed") else None,
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs if given("logprobs") else None,
+        skip_special_tokens=message.skip_special_tokens if given("skip_special_tokens") else True,
+    )
+
+
+def _asked_to_message(asked: types.SamplingAsked) -> inference_pb2.Sampling:
+    return inference_pb2.Sampling(
+        max_tokens=asked.max_tokens,
+        min_tokens=asked.min_tokens,
+        temperature=asked.temperature,
+        top_k=asked.top_k,
+        top_p=asked.top_p,
+        min_p=asked.min_p,
+        seed=asked.seed,
+        stop=asked.stop,
+        stop_token_ids=asked.stop_token_ids,
+        ignore_eos=asked.ignore_eos,
+        logprobs=asked.logprobs,
+        skip_special_tokens=asked.skip_special_tokens,
+    )
+
+
+def chunk_to_message(chunk: types.Chunk) -> inference_pb2.GenerateChunk:
+    """A piece of an answer."""
+    stopped = chunk.stopped_by
+    return inference_pb2.GenerateChunk(
+        request_id=chunk.request_id,
+        choice=chunk.choice,
+        is_delta=chunk.is_delta,
+        text=chunk.text,
+        token_ids=chunk.token_ids,
+        logprobs=[logprob_to_message(item) for item in chunk.logprobs],
+        finish_reason=finish_to_message(chunk.finish_reason),
+        stop_token_id=stopped if isinstance(stopped, int) else None,
+        stop_string=stopped if isinstance(stopped, str) else None,
+        usage=None if chunk.usage is None else _usage_to_message(chunk.usage),
+        seed=chunk.seed,
+        served_by=chunk.served_by,
+    )
+
+
+def chunk_from_message(message: inference_pb2.GenerateChunk) -> types.Chunk:
+    """The inverse of chunk_to_message."""
+    return types.Chunk(
+        request_id=message.request_id,
+        choice=message.choice,
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        logprobs=tuple(logprob_from_message(item) for item in message.logprobs),
+        finish_reason=finish_from_message(message.finish_reason),
+        stopped_by=_stopped_by(message),
+        usage=_usage_from_message(message.usage) if message.HasField("usage") else None,
+        seed=message.seed if message.HasField("seed") else None,
+        is_delta=message.is_delta,
+        served_by=tuple(message.served_by),
+    )
+
+
+def _stopped_by(message: inference_pb2.GenerateChunk) -> int | str | None:
+    match message.WhichOneof("stopped_by"):
+        case "stop_token_id":
+            return message.stop_token_id
+        case "stop_string":
+            return message.stop_string
+    return None
+
+
+def _usage_to_message(usage: types.Usage) -> inference_pb2.Usage:
+    return inference_pb2.Usage(
+        prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, cached_tokens=usage.cached_tokens
+    )
+
+
+def _usage_from_message(message: inference_pb2.Usage) -> types.Usage:
+    return types.Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens)
+
+
+def tokens_to_messages(events: Sequence[types.TokenEvent]) -> list[node_pb2.TokenEvent]:
+    """All token events of one step."""
+    return [token_event_to_message(event) for event in events]

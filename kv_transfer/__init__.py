@@ -1,0 +1,19 @@
+"""KV blocks from one node to another: who may read what until when, and how the bytes move. Knows no model and no tensors.
+
+    layout.py      how one rank's KV cache lies in its buffer; whether two peers fit
+    reshard.py     pure: (source layouts, target layout) -> which bytes come from which source rank
+    lease.py       pure: a prefill's promise to keep blocks readable, as a state machine
+    transport.py   the seam: Span(s), Check, Export, Ticket, Source, Destination
+    pool.py        the buffer a node allocates and gives to its engine (memfd or private memory)
+    thread.py      the one transfer thread of a rank: sockets, timers and copies, never blocked by one peer
+    memory.py      copying out of mapped memory; loopback.py and shm.py are ways to get such a mapping
+    tcp_frame.py tcp.py tcp_source.py    the same over raw TCP: frames, reading end, serving end
+    choose.py      which transport reaches an export: proven, never assumed
+    source.py      serving end of one rank: opens the listeners, says where in an Export
+    reader.py      reading end of one rank: plan + transports -> one ticket per read
+    server.py      gRPC: the prefill leader's leases and announcements; exports as messages
+    client.py      gRPC: the decode leader's pulls; exports from messages
+
+A prefill rank holds Pool + TransferThread + SourceRank, its leader also a TransferService. A decode rank holds Pool + TransferThread
++ Reader, its leader also a PullClient.
+"""

@@ -1,0 +1,146 @@
+"""How the KV cache of one rank lies in its buffer: described, never assumed. Knows neither the buffer nor the model behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from baton.errors import Incompatible
+
+AXES = ("block", "layer", "part", "head", "slot", "dim")
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# What source and target must have in common. The rest (block counts, layers, heads) is what resharding is for.
+SHARED = ("axes", "block_size", "num_parts", "head_dim", "dtype", "model_num_layers", "model_num_kv_heads")
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """One rank's part of a KV cache: a dense array over `axes`, outermost first.
+
+    axes: a permutation of AXES that ends in ("slot", "dim"). block_size: token slots of a block. layer_start, num_layers and
+    head_start, num_heads: the model's layers and KV heads held by this rank. num_parts: 2 for K and V.
+    Raises Incompatible where the values describe nothing that can exist, since they come from peers.
+    """
+
+    axes: tuple[str, ...]
+    num_blocks: int
+    block_size: int
+    layer_start: int
+    num_layers: int
+    num_parts: int
+    head_start: int
+    num_heads: int
+    head_dim: int
+    dtype: str
+    model_num_layers: int
+    model_num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem:
+            raise Incompatible(f"{problem} in KV layout {self.describe()}", cause="kv_layout")
+
+    def _problem(self) -> str:
+        if sorted(self.axes) != sorted(AXES) or self.axes[-2:] != ("slot", "dim"):
+            return "axes must be block, layer, part, head in any order, then slot, dim"
+        if self.dtype not in ITEMSIZES:
+            return f"dtype must be one of {', '.join(ITEMSIZES)}"
+        if min(self.num_blocks, self.block_size, self.num_layers, self.num_parts, self.num_heads, self.head_dim) < 1:
+            return "a size is zero or negative"
+        if self.layer_start < 0 or self.layer_start + self.num_layers > self.model_num_layers:
+            return "layers outside of the model"
+        if self.head_start < 0 or self.head_start + self.num_heads > self.model_num_kv_heads:
+            return "heads outside of the model"
+        return ""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return ITEMSIZES[self.dtype]
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of one (block, layer, part, head): always contiguous."""
+        return self.block_size * self.head_dim * self.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, parts and heads of this rank."""
+        return self.num_layers * self.num_parts * self.num_heads * self.piece_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole buffer."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def layers(self) -> range:
+        """The model's layers held here."""
+        return range(self.layer_start, self.layer_start + self.num_layers)
+
+    @property
+    def heads(self) -> range:
+        """The model's KV heads held here."""
+        return range(self.head_start, self.head_start + self.num_heads)
+
+    def owns(self, layer: int, head: int) -> bool:
+        """Whether this rank holds a KV head of a layer (both as the model numbers them)."""
+        return layer in self.layers and head in self.heads
+
+    def stride(self, axis: str) -> int:
+        """Bytes from one index to the next along an axis."""
+        sizes = self._sizes()
+        return self.itemsize * prod(sizes[inner] for inner in self.axes[self.axes.index(axis) + 1 :])
+
+    def offset(self, block: int, layer: int, part: int, head: int) -> int:
+        """Byte offset of a piece; layer and head as the model numbers them."""
+        assert self.owns(layer, head) and 0 <= block < self.num_blocks and 0 <= part < self.num_parts
+        return (
+            block * self.stride("block")
+            + (layer - self.layer_start) * self.stride("layer")
+            + part * self.stride("part")
+            + (head - self.head_start) * self.stride("head")
+        )
+
+    def describe(self) -> str:
+        """One line for error messages."""
+        return (
+            f"[{' '.join(self.axes)}] {self.dtype} blocks {self.num_blocks}x{self.block_size} slots, "
+            f"layers {self.layer_start}..{self.layer_start + self.num_layers} of {self.model_num_layers}, {self.num_parts} parts, "
+            f"heads {self.head_start}..{self.head_start + self.num_heads} of {self.model_num_kv_heads} x {self.head_dim}"
+        )
+
+    def _sizes(self) -> dict[str, int]:
+        return dict(
+            zip(AXES, (self.num_blocks, self.num_layers, self.num_parts, self.num_heads, self.block_size, self.head_dim), strict=True)
+        )
+
+    def _shared(self) -> tuple[object, ...]:
+        return (
+            self.axes,
+            self.block_size,
+            self.num_parts,
+            self.head_dim,
+            self.dtype,
+            self.model_num_layers,
+            self.model_num_kv_heads,
+        )
+
+
+def check_compatible(sources: Sequence[KVLayout], target: KVLayout) -> None:
+    """Raise Incompatible, naming both sides, unless `target` can be filled from `sources`."""
+    for source in sources:
+        differing = [name for name, a, b in zip(SHARED, source._shared(), target._shared(), strict=True) if a != b]
+        if differing:
+            raise Incompatible(
+                f"KV layouts differ in {', '.join(differing)}: source {source.describe()}; target {target.describe()}",
+                cause="kv_layout",
+            )
+    missing = [(layer, head) for layer in target.layers for head in target.heads if not any(s.owns(layer, head) for s in sources)]
+    if missing:
+        described = "; ".join(source.describe() for source in sources) or "none"
+        raise Incompatible(
+            f"no source holds KV (layer, head) {missing[0]} and {len(missing) - 1} more: sources {described}; target {target.describe()}",
+            cause="kv_layout",
+        )

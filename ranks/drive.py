@@ -1,0 +1,101 @@
+"""The loop that steps one rank: asleep on a local condition while idle, in lock step with its domain while awake.
+
+Knows when to step, not what: a Planner decides (leaders) or the leader's broadcast does (followers). See WakeState for the rule.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from baton.engine.batch import Batch, Sampled
+from baton.engine.lockstep import WakeState
+from baton.engine.runner import StepOutcome
+
+Step = Callable[[Batch | None], Awaitable[StepOutcome]]
+WakeOthers = Callable[[int], Awaitable[None]]
+
+
+class Planner(Protocol):
+    """Who decides a leader's steps. Both are called on the event loop, strictly in turn."""
+
+    def plan(self) -> Batch:
+        """The next step's work, empty if there is none now."""
+
+    def apply(self, sampled: Sampled) -> None:
+        """Take in what the planned step drew, and tell whom it concerns."""
+
+
+class Drive:
+    """Steps one rank until closed. State owner: the rank's event loop.
+
+    A step that raises ends the drive: the rank's process group is then unusable and the node is rebuilt as a unit.
+    """
+
+    def __init__(self, step: Step, wake_others: WakeOthers, planner: Planner | None) -> None:
+        self._step = step
+        self._wake_others = wake_others
+        self._planner = planner
+        self._state = WakeState()
+        self._nudge = asyncio.Event()
+        self._closing = False
+        self.steps = 0
+        self.busy_s = 0.0
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the rank waits for work or a wake."""
+        return self._state.asleep
+
+    @property
+    def epoch(self) -> int:
+        """The last step finished."""
+        return self._state.epoch
+
+    def poke(self) -> None:
+        """Work may have arrived for this rank's planner."""
+        self._nudge.set()
+
+    def wake(self, epoch: int) -> None:
+        """Another rank of the domain starts step `epoch`; stale wakes are dropped by rule."""
+        if self._state.on_wake(epoch):
+            self._nudge.set()
+
+    def close(self) -> None:
+        """Stop before the next step."""
+        self._closing = True
+        self._nudge.set()
+
+    async def run(self) -> None:
+        """Step until closed. Waiting here needs no deadline: the wait is local and `close` ends it."""
+        while not self._closing:
+            if not await self._turn():
+                await self._nudge.wait()
+            self._nudge.clear()
+
+    async def _turn(self) -> bool:
+        """One step, if this rank has work or must take part; False if it may sleep."""
+        batch = self._planner.plan() if self._planner else None
+        if self._state.asleep:
+            if batch is None or not batch.num_tokens:
+                return False
+            await self._wake_all()
+        await self._run_step(batch)
+        return True
+
+    async def _wake_all(self) -> None:
+        epoch = self._state.want_wake()
+        if epoch is not None:
+            self._state.on_wake(epoch)
+            await self._wake_others(epoch)
+
+    async def _run_step(self, batch: Batch | None) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        outcome = await self._step(batch)
+        self.busy_s += loop.time() - began
+        self.steps += not outcome.asleep
+        if self._planner and batch is not None and batch.num_tokens:
+            self._planner.apply(outcome.sampled)
+        self._state.on_step(self._state.epoch + 1, outcome.asleep)

@@ -1,0 +1,130 @@
+"""gRPC between the ranks of one node: wake, read, sources, state. Knows the messages, decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+import grpc
+
+from baton.deadline import Deadline
+from baton.errors import BatonError, InvalidRequest
+from baton.rpc import abort, open_channel, to_error
+from baton.v1 import node_pb2, rank_pb2, rank_pb2_grpc
+from kv_transfer.server import export_from_message, export_to_message
+from kv_transfer.transport import Export
+from ranks.facts import RankCounts, ReadOrder
+
+WAKE_S = 5.0
+
+
+class RankSide(Protocol):
+    """What a rank does when another rank of its node asks."""
+
+    def wake(self, epoch: int) -> None:
+        """Join step `epoch`."""
+
+    async def take_sources(self, incarnation: bytes, exports: Sequence[Export]) -> str:
+        """Remember where a prefill node's ranks can be read; the transport chosen. Raises Incompatible."""
+
+    async def read(self, order: ReadOrder, deadline: Deadline) -> int:
+        """Read this rank's spans of some blocks; bytes read. Raises BatonError."""
+
+    def counts(self) -> RankCounts:
+        """What the rank holds."""
+
+
+class RankService(rank_pb2_grpc.RankControlServicer):
+    """The RankControl service over one rank."""
+
+    def __init__(self, side: RankSide) -> None:
+        self._side = side
+
+    async def Wake(self, request: rank_pb2.WakeRequest, context: grpc.aio.ServicerContext) -> rank_pb2.WakeReply:  # type: ignore[type-arg, override]
+        """See proto."""
+        self._side.wake(request.epoch)
+        return rank_pb2.WakeReply()
+
+    async def Sources(self, request: rank_pb2.SourcesRequest, context: grpc.aio.ServicerContext) -> rank_pb2.SourcesReply:  # type: ignore[type-arg, override]
+        """See proto."""
+        try:
+            exports = [export_from_message(handle) for handle in request.exports]
+            return rank_pb2.SourcesReply(transport=await self._side.take_sources(request.prefill_incarnation, exports))
+        except BatonError as error:
+            await abort(context, error)
+
+    async def Read(self, request: rank_pb2.ReadRequest, context: grpc.aio.ServicerContext) -> rank_pb2.ReadReply:  # type: ignore[type-arg, override]
+        """See proto."""
+        try:
+            return rank_pb2.ReadReply(bytes_read=await self._side.read(_order(request), Deadline.after(request.time_left_s)))
+        except BatonError as error:
+            await abort(context, error)
+
+    async def State(self, request: rank_pb2.StateRequest, context: grpc.aio.ServicerContext) -> rank_pb2.StateReply:  # type: ignore[type-arg, override]
+        """See proto."""
+        counts = self._side.counts()
+        return rank_pb2.StateReply(node=counts.node, rank=counts.rank, pid=counts.pid, asleep=counts.asleep, cpu_seconds=counts.cpu_seconds)
+
+
+def _order(request: rank_pb2.ReadRequest) -> ReadOrder:
+    lengths = {len(request.source_blocks), len(request.generations), len(request.target_blocks)}
+    if len(lengths) != 1:
+        raise InvalidRequest(
+            f"a read names {sorted(lengths)} source blocks, generations and target blocks; they must be as many", stage="pull"
+        )
+    return ReadOrder(
+        incarnation=request.lease.prefill_incarnation,
+        source_blocks=tuple(request.source_blocks),
+        generations=tuple(request.generations),
+        target_blocks=tuple(request.target_blocks),
+    )
+
+
+class Peer:
+    """Another rank of the same node, as seen from here. Owns its channel; closed with the rank."""
+
+    def __init__(self, node: str, rank: int, address: str) -> None:
+        self.name = f"{node}/{rank}"
+        self.rank = rank
+        self._channel = open_channel(address)
+        self._stub = rank_pb2_grpc.RankControlStub(self._channel)
+
+    async def wake(self, epoch: int) -> None:
+        """Have the rank join step `epoch`. Raises NodeLost or DeadlineExceeded if it does not answer."""
+        await self._call(self._stub.Wake(rank_pb2.WakeRequest(epoch=epoch), timeout=WAKE_S))
+
+    async def sources(self, incarnation: bytes, exports: Sequence[Export]) -> str:
+        """Tell the rank where a prefill node can be read; the transport it chose."""
+        handles = [export_to_message(export) for export in exports]
+        request = rank_pb2.SourcesRequest(prefill_incarnation=incarnation, exports=handles)
+        return str((await self._call(self._stub.Sources(request, timeout=WAKE_S))).transport)
+
+    async def read(self, order: ReadOrder, deadline: Deadline) -> int:
+        """Have the rank read its spans; bytes read. The rank has its own deadline, a little sooner than this call's."""
+        request = rank_pb2.ReadRequest(
+            lease=node_pb2.LeaseId(prefill_incarnation=order.incarnation),
+            source_blocks=order.source_blocks,
+            generations=order.generations,
+            target_blocks=order.target_blocks,
+            time_left_s=deadline.left_s(),
+        )
+        return int((await self._call(self._stub.Read(request, timeout=deadline.left_s() + WAKE_S))).bytes_read)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+    async def _call(self, call: grpc.aio.UnaryUnaryCall) -> rank_pb2.ReadReply | rank_pb2.SourcesReply:  # type: ignore[type-arg]
+        try:
+            return await call  # type: ignore[no-any-return]
+        except grpc.aio.AioRpcError as error:
+            raise to_error(error, stage="decode", node=self.name) from error
+
+
+async def wake_all(peers: Sequence[Peer], epoch: int) -> None:
+    """Wake every peer at once; the first failure is raised after all have been tried."""
+    results = await asyncio.gather(*(peer.wake(epoch) for peer in peers), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result

@@ -1,0 +1,266 @@
+"""Who is in the cluster, as the router sees it: groups, their last word, and which pairs may be used.
+
+Plain state without network or clock; `router/nodes.py` fills it from streams, `router/fleet.py` asks it. A *group* is what the
+router addresses: a prefill node, or one data-parallel group of a decode node. A *pair* (prefill node, decode group) is
+compared once when both have said who they are, and is used only after a tiny real request has run through it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from baton.request import BlockCounts
+
+
+class Role(enum.StrEnum):
+    """What a group does."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class GroupState(enum.StrEnum):
+    """joining: not heard from yet; ready: takes work; draining: finishes what it has; gone: its stream is broken."""
+
+    JOINING = "joining"
+    READY = "ready"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What two peers' KV caches must share; how many blocks and which heads a rank holds is its own affair."""
+
+    axes: tuple[str, ...]
+    block_size: int
+    num_parts: int
+    head_dim: int
+    dtype: str
+    model_num_layers: int
+    model_num_kv_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One process of a group."""
+
+    rank: int
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLoad:
+    """A group's own figures at its last beat; a hint for the policy, never a promise. Times in seconds since its start."""
+
+    waiting_sequences: int = 0
+    running_sequences: int = 0
+    waiting_tokens: int = 0
+    blocks: BlockCounts = BlockCounts(0, 0, 0, 0, 0)
+    open_leases: int = 0
+    open_pulls: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    draining: bool = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether the group has no sequence, lease or pull."""
+        return not (self.waiting_sequences or self.running_sequences or self.open_leases or self.open_pulls)
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who a group is in this life. incarnation: 16 random bytes. transfer_address: where Pull is served (prefill only)."""
+
+    node: str
+    group: int
+    incarnation: bytes
+    protocol_version: int
+    model_fingerprint: str
+    dtype: str
+    max_model_len: int
+    layout: Layout
+    ranks: tuple[Rank, ...] = ()
+    transfer_address: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """One group. Made by `add`, ended by `remove`; between them only the registry changes it.
+
+    num_sent: sequences of ours that are on the group now; it runs ahead of the load the group last reported.
+    asked_to_drain: the operator's wish, kept over reconnects and incarnations until the group is removed.
+    """
+
+    address: str
+    role: Role
+    state: GroupState = GroupState.JOINING
+    hello: Hello | None = None
+    load: GroupLoad = field(default_factory=GroupLoad)
+    num_sent: int = 0
+    asked_to_drain: bool = False
+
+    @property
+    def node(self) -> str:
+        """The node's name; its address until it has said it."""
+        return self.hello.node if self.hello else self.address
+
+    @property
+    def name(self) -> str:
+        """ "prefill-0" or "decode-0/1"; the address until the node has said its name."""
+        if self.hello is None or self.role is Role.PREFILL:
+            return self.node
+        return f"{self.hello.node}/{self.hello.group}"
+
+    @property
+    def ready(self) -> bool:
+        """Whether new work may be sent."""
+        return self.state is GroupState.READY
+
+
+@dataclass(slots=True, eq=False)
+class Pair:
+    """A prefill node and a decode group. refusal: why they can never work together, "" if they can.
+
+    proven ends with the incarnation of either side, or when a pull between them fails. last_error: of the last failed proof.
+    """
+
+    prefill: Group
+    decode: Group
+    refusal: str = ""
+    proven: bool = False
+    last_error: str = ""
+
+    @property
+    def known(self) -> bool:
+        """Whether both sides have said who they are."""
+        return self.prefill.hello is not None and self.decode.hello is not None
+
+    @property
+    def reachable(self) -> bool:
+        """Whether both sides take work and may work together."""
+        return self.known and not self.refusal and self.prefill.ready and self.decode.ready
+
+    @property
+    def usable(self) -> bool:
+        """Whether a client's request may be sent through it."""
+        return self.proven and self.reachable
+
+    @property
+    def name(self) -> str:
+        """ "prefill-0 → decode-0/1"."""
+        return f"{self.prefill.name} → {self.decode.name}"
+
+
+
+
+def refusal(prefill: Hello, decode: Hello) -> str:
+    """Why the two can never form a pair, naming each difference with both values; "" if they can."""
+    told = [(name, _facts(prefill)[name], _facts(decode)[name]) for name in _facts(prefill)]
+    differences = [f"{name}: {mine} there, {theirs} here" for name, mine, theirs in told if mine != theirs]
+    if not differences:
+        return ""
+    return f"{prefill.node} (there) and {decode.node}/{decode.group} (here) differ in " + "; ".join(differences)
+
+
+def _facts(hello: Hello) -> dict[str, object]:
+    layout = hello.layout
+    return {
+        "protocol version": hello.protocol_version,
+        "model": hello.model_fingerprint,
+        "dtype": hello.dtype,
+        "KV axes": "/".join(layout.axes),
+        "block size": layout.block_size,
+        "KV parts": layout.num_parts,
+        "head_dim": layout.head_dim,
+        "KV dtype": layout.dtype,
+        "layers": layout.model_num_layers,
+        "KV heads": layout.model_num_kv_heads,
+    }
+
+
+class Registry:
+    """State owner: the router's loop. Groups are keyed by address, since a name is known only after the first hello."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, Group] = {}
+        self._pairs: dict[tuple[str, str], Pair] = {}
+
+    def groups(self) -> tuple[Group, ...]:
+        """All groups, in the order they were added."""
+        return tuple(self._groups.values())
+
+    def pairs(self) -> tuple[Pair, ...]:
+        """All pairs, usable or not."""
+        return tuple(self._pairs.values())
+
+    def usable(self) -> Iterator[Pair]:
+        """Pairs that a client's request may be sent through now."""
+        return (pair for pair in self._pairs.values() if pair.usable)
+
+    def max_model_len(self) -> int | None:
+        """The longest prompt plus answer that every ready group takes, tokens; None if none is ready."""
+        return min((group.hello.max_model_len for group in self._groups.values() if group.ready and group.hello), default=None)
+
+    def get(self, address: str) -> Group | None:
+        """The group at an address."""
+        return self._groups.get(address)
+
+    def add(self, role: Role, address: str) -> Group:
+        """A group to be met at `address`; the one already there if it has the same role."""
+        group = self._groups.setdefault(address, Group(address, role))
+        assert group.role is role, f"{address} is a {group.role} group"
+        for other in self._groups.values():
+            if other.role is not role:
+                prefill, decode = (group, other) if role is Role.PREFILL else (other, group)
+                self._pairs.setdefault((prefill.address, decode.address), Pair(prefill, decode))
+        return group
+
+    def remove(self, address: str) -> None:
+        """Forget a group and its pairs."""
+        if address in self._groups:
+            self._groups.pop(address).state = GroupState.GONE
+        self._pairs = {key: pair for key, pair in self._pairs.items() if address not in key}
+
+    def joined(self, group: Group, hello: Hello, load: GroupLoad) -> None:
+        """A group said who it is. A new incarnation has to be compared and proven anew; the same one has not."""
+        renewed = group.hello is None or group.hello.incarnation != hello.incarnation
+        group.hello = hello
+        self.loaded(group, load)
+        group.state = GroupState.DRAINING if group.asked_to_drain or load.draining else GroupState.READY
+        if renewed:
+            for pair in self._of(group):
+                self._compare(pair)
+
+    def loaded(self, group: Group, load: GroupLoad) -> None:
+        """A group's figures changed. One that drains by itself takes no new work, until it says otherwise."""
+        group.load = load
+        if group.state in (GroupState.READY, GroupState.DRAINING):
+            group.state = GroupState.DRAINING if group.asked_to_drain or load.draining else GroupState.READY
+
+    def lost(self, group: Group) -> None:
+        """A group's stream broke; it may come back."""
+        group.state = GroupState.GONE
+        group.num_sent = 0
+
+    def drain(self, node: str) -> tuple[Group, ...]:
+        """Send no new work to a node's groups; returns them (none: no such node)."""
+        found = tuple(group for group in self._groups.values() if group.node == node)
+        for group in found:
+            group.asked_to_drain = True
+            self.loaded(group, group.load)
+        return found
+
+    def _of(self, group: Group) -> Iterator[Pair]:
+        return (pair for pair in self._pairs.values() if group is pair.prefill or group is pair.decode)
+
+    @staticmethod
+    def _compare(pair: Pair) -> None:
+        pair.proven = False
+        pair.last_error = ""
+        prefill, decode = pair.prefill.hello, pair.decode.hello
+        pair.refusal = refusal(prefill, decode) if prefill and decode else ""
