@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from baton import request as types
 from baton.errors import BatonError, InvalidRequest
-from baton.v1 import inference_pb2, node_pb2, transfer_pb2
+from baton.v1 import inference_pb2, node_pb2
 
 _FINISH_TO_MESSAGE = {
     None: inference_pb2.FINISH_REASON_UNSPECIFIED,
@@ -152,16 +152,6 @@ def counts_to_message(counts: types.BlockCounts) -> node_pb2.BlockCounts:
 def counts_from_message(message: node_pb2.BlockCounts) -> types.BlockCounts:
     """The inverse of counts_to_message."""
     return types.BlockCounts(message.total, message.free, message.cached, message.held, message.quarantined)
-
-
-def final_token_to_message(event: types.TokenEvent) -> transfer_pb2.FinalToken:
-    """Prefill's one token event as the last announcement carries it."""
-    return transfer_pb2.FinalToken(
-        output_index=event.output_index,
-        token_id=event.token_ids[0],
-        logprob=logprob_to_message(event.logprobs[0]) if event.logprobs else None,
-        finish_reason=finish_to_message(event.finish_reason),
-    )
 
 
 def generate_request_from_message(message: inference_pb2.GenerateRequest, timeout_s: float | None) -> types.GenerateRequest:

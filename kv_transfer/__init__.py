@@ -7,7 +7,8 @@
     pool.py        the buffer a node allocates and gives to its engine (memfd or private memory)
     thread.py      the one transfer thread of a rank: sockets, timers and copies, never blocked by one peer
     memory.py      copying out of mapped memory; loopback.py and shm.py are ways to get such a mapping
-    tcp_frame.py tcp.py tcp_source.py    the same over raw TCP: frames, reading end, serving end
+    tcp_frame.py tcp_socket.py tcp.py tcp_source.py    the same over raw TCP: frames, sockets, reading end, serving end
+    listener.py    accepting connections on the transfer thread
     choose.py      which transport reaches an export: proven, never assumed
     source.py      serving end of one rank: opens the listeners, says where in an Export
     reader.py      reading end of one rank: plan + transports -> one ticket per read

@@ -112,24 +112,23 @@ class Export:
 
 
 class Ticket:
-    """One read under way, made of `num_parts` parts that end one by one on the transfer thread.
+    """One read under way, made of parts that end one by one on the transfer thread.
 
     `future` is the only end: it resolves to the bytes read, or to a BatonError, when *every* part has ended. Before that, bytes may
-    still land in the target; after it, none can: done means quiesced. A failed part aborts the others at once, so failing is not slow.
+    still land in the target; after it, none can: done means quiesced. A failed part stops the others at once, so failing is not slow.
     Cancelling an asyncio wrapper of the future does not stop the read: call `abort` and wait for the future.
     Ended by its parts; each of them by its bytes, the read's deadline, an abort, a dead peer or the thread's close.
     """
 
-    def __init__(self, num_parts: int, post: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
         self.future: Future[int] = Future()
         self.future.set_running_or_notify_cancel()
-        self.error: BatonError | None = None
         self._post = post
-        self._open_parts = num_parts
-        self._bytes = 0
+        self._error: BatonError | None = None
         self._stops: list[Callable[[BatonError], None]] = []
-        if num_parts == 0:
-            self.future.set_result(0)
+        self._open_parts = 0
+        self._bytes = 0
+        self._sealed = False
 
     @property
     def quiesced(self) -> bool:
@@ -137,7 +136,7 @@ class Ticket:
         return self.future.done()
 
     def poll(self) -> bool:
-        """Whether the read has ended, well or badly."""
+        """Whether the read has ended, well or badly: the same as quiesced, never earlier."""
         return self.future.done()
 
     def wait(self, deadline: Deadline) -> int:
@@ -155,39 +154,44 @@ class Ticket:
     # The rest runs on the transfer thread only.
 
     def add_part(self, stop: Callable[[BatonError], None]) -> None:
-        """Register how to stop one part; `stop` must lead to `end_part` or `fail_part` of that part unless it has ended."""
+        """Open a part. `stop(error)` must lead to `fail_part` unless the part has ended; called at once if the read has failed already."""
+        self._open_parts += 1
         self._stops.append(stop)
+        if self._error is not None:
+            stop(self._error)
+
+    def seal(self) -> None:
+        """All parts have been added: the last one that ends, ends the read."""
+        self._sealed = True
+        self._settle()
 
     def end_part(self, nbytes: int) -> None:
         """One part has read all its bytes."""
         self._bytes += nbytes
-        self._part_is_over()
+        self._open_parts -= 1
+        self._settle()
 
     def fail_part(self, error: BatonError) -> None:
-        """One part has ended without its bytes."""
+        """One part has ended without all its bytes, and writes no more."""
         self._open_parts -= 1
         self.stop(error)
         self._settle()
 
     def stop(self, error: BatonError) -> None:
         """Have all parts end; the first error is the one reported."""
-        if self.future.done() or self.error is not None:
-            return
-        self.error = error
-        for stop in self._stops:
-            stop(error)
-
-    def _part_is_over(self) -> None:
-        self._open_parts -= 1
-        self._settle()
+        if self._error is None and not self.future.done():
+            self._error = error
+            for stop in tuple(self._stops):
+                stop(error)
 
     def _settle(self) -> None:
-        if self._open_parts or self.future.done():
+        if not self._sealed or self._open_parts or self.future.done():
             return
-        if self.error is None:
+        self._stops.clear()  # they hold the parts, which hold mappings
+        if self._error is None:
             self.future.set_result(self._bytes)
         else:
-            self.future.set_exception(self.error)
+            self.future.set_exception(self._error)
 
 
 class Source(Protocol):
@@ -208,12 +212,8 @@ class Destination(Protocol):
     def name(self) -> str:
         """The transport's name: loopback, shm or tcp."""
 
-    @property
-    def num_lanes(self) -> int:
-        """Parts into which one read is split at most."""
-
     def read(self, spans: Spans, check: Check, deadline: Deadline, ticket: Ticket) -> None:
-        """Start one part of a read; ends by the ticket's end_part or fail_part, within the deadline."""
+        """Add parts to `ticket` and start them; each ends by end_part or fail_part, within the deadline. Spans fit both buffers."""
 
     def close(self, error: BatonError) -> None:
         """End all reads with `error` and free sockets and mappings."""

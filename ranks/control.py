@@ -16,27 +16,35 @@ from baton.config import PROTOCOL_VERSION
 from baton.errors import BatonError, Incompatible, InvalidRequest
 from baton.rpc import abort
 from baton.v1 import node_pb2
-from kv_transfer.server import export_to_message, layout_to_message
+from kv_transfer.server import export_message, layout_message
 from ranks.facts import GroupHello
 from ranks.session import GroupLoad, Key, Outbox, PullFacts, Session
 
 BEAT_S = 1.0
 
 
+class Sessions(Protocol):
+    """Who is told of streams (see ranks.desk.Desk)."""
+
+    def attach(self, session: Session) -> None:
+        """A router's stream has begun. Raises BatonError if none is welcome any more."""
+
+    def detach(self, session: Session) -> None:
+        """A router's stream is over."""
+
+
 class Leader(Protocol):
     """What a stream needs of the leader it talks to."""
+
+    @property
+    def desk(self) -> Sessions:
+        """Who asked for what."""
 
     def hello(self) -> GroupHello:
         """Who this group is."""
 
     def load(self) -> GroupLoad:
         """What it carries now."""
-
-    def attach(self, session: Session) -> None:
-        """A router's stream has begun."""
-
-    def detach(self, session: Session) -> None:
-        """A router's stream is over."""
 
 
 Command = TypeVar("Command", node_pb2.PrefillCommand, node_pb2.DecodeCommand)
@@ -52,9 +60,9 @@ async def serve_control(
     """One router's stream until either side ends it. `take` handles a command; a command it refuses ends the stream."""
     try:
         session = Session(_router_incarnation(await anext(commands)))
+        leader.desk.attach(session)
     except BatonError as error:
         await abort(context, error)
-    leader.attach(session)
     reader = asyncio.create_task(_read(commands, session, take))
     try:
         yield node_pb2.NodeEvent(hello=hello_message(leader.hello()), load=load_message(leader.load(), 0))
@@ -66,7 +74,7 @@ async def serve_control(
     finally:
         reader.cancel()
         session.close()
-        leader.detach(session)
+        leader.desk.detach(session)
 
 
 async def _read(commands: AsyncIterator[Command], session: Session, take: Take[Command]) -> None:
@@ -79,7 +87,7 @@ async def _read(commands: AsyncIterator[Command], session: Session, take: Take[C
 
 async def _events(session: Session, leader: Leader) -> AsyncIterator[node_pb2.NodeEvent]:
     beat = 0
-    while not session.closed:
+    while not session.closed or len(session.outbox):
         outbox = await session.take(BEAT_S)
         beat += 1
         yield event_message(outbox, load_message(leader.load(), beat))
@@ -114,10 +122,10 @@ def hello_message(hello: GroupHello) -> node_pb2.NodeHello:
         model_fingerprint=hello.model_fingerprint,
         dtype=hello.dtype,
         max_model_len=hello.max_model_len,
-        layout=layout_to_message(hello.layout),
+        layout=layout_message(hello.layout),
         ranks=[node_pb2.RankInfo(rank=rank.rank, pid=rank.pid, host=rank.host) for rank in hello.ranks],
         transfer_address=hello.transfer_address,
-        exports=[export_to_message(export) for export in hello.exports],
+        exports=[export_message(export) for export in hello.exports],
     )
 
 

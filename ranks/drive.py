@@ -87,7 +87,6 @@ class Drive:
     async def _wake_all(self) -> None:
         epoch = self._state.want_wake()
         if epoch is not None:
-            self._state.on_wake(epoch)
             await self._wake_others(epoch)
 
     async def _run_step(self, batch: Batch | None) -> None:

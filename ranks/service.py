@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Sequence
+from typing import Protocol, TypeVar
 
 import grpc
 
@@ -12,11 +12,14 @@ from baton.deadline import Deadline
 from baton.errors import BatonError, InvalidRequest
 from baton.rpc import abort, open_channel, to_error
 from baton.v1 import node_pb2, rank_pb2, rank_pb2_grpc
-from kv_transfer.server import export_from_message, export_to_message
+from kv_transfer.client import export_of
+from kv_transfer.server import export_message
 from kv_transfer.transport import Export
 from ranks.facts import RankCounts, ReadOrder
 
+RANK_SERVICE = "baton.v1.RankControl"
 WAKE_S = 5.0
+Answer = TypeVar("Answer")
 
 
 class RankSide(Protocol):
@@ -31,6 +34,9 @@ class RankSide(Protocol):
     async def read(self, order: ReadOrder, deadline: Deadline) -> int:
         """Read this rank's spans of some blocks; bytes read. Raises BatonError."""
 
+    def export(self) -> Export:
+        """Where this rank's blocks can be read. Raises InvalidRequest on a rank that serves no reads."""
+
     def counts(self) -> RankCounts:
         """What the rank holds."""
 
@@ -41,27 +47,34 @@ class RankService(rank_pb2_grpc.RankControlServicer):
     def __init__(self, side: RankSide) -> None:
         self._side = side
 
-    async def Wake(self, request: rank_pb2.WakeRequest, context: grpc.aio.ServicerContext) -> rank_pb2.WakeReply:  # type: ignore[type-arg, override]
+    async def Wake(self, request: rank_pb2.WakeRequest, context: grpc.aio.ServicerContext) -> rank_pb2.WakeReply:  # type: ignore[type-arg]
         """See proto."""
         self._side.wake(request.epoch)
         return rank_pb2.WakeReply()
 
-    async def Sources(self, request: rank_pb2.SourcesRequest, context: grpc.aio.ServicerContext) -> rank_pb2.SourcesReply:  # type: ignore[type-arg, override]
+    async def Sources(self, request: rank_pb2.SourcesRequest, context: grpc.aio.ServicerContext) -> rank_pb2.SourcesReply:  # type: ignore[type-arg]
         """See proto."""
         try:
-            exports = [export_from_message(handle) for handle in request.exports]
+            exports = [export_of(handle) for handle in request.exports]
             return rank_pb2.SourcesReply(transport=await self._side.take_sources(request.prefill_incarnation, exports))
         except BatonError as error:
             await abort(context, error)
 
-    async def Read(self, request: rank_pb2.ReadRequest, context: grpc.aio.ServicerContext) -> rank_pb2.ReadReply:  # type: ignore[type-arg, override]
+    async def Read(self, request: rank_pb2.ReadRequest, context: grpc.aio.ServicerContext) -> rank_pb2.ReadReply:  # type: ignore[type-arg]
         """See proto."""
         try:
             return rank_pb2.ReadReply(bytes_read=await self._side.read(_order(request), Deadline.after(request.time_left_s)))
         except BatonError as error:
             await abort(context, error)
 
-    async def State(self, request: rank_pb2.StateRequest, context: grpc.aio.ServicerContext) -> rank_pb2.StateReply:  # type: ignore[type-arg, override]
+    async def Export(self, request: rank_pb2.ExportRequest, context: grpc.aio.ServicerContext) -> node_pb2.ExportHandle:  # type: ignore[type-arg]
+        """See proto."""
+        try:
+            return export_message(self._side.export())
+        except BatonError as error:
+            await abort(context, error)
+
+    async def State(self, request: rank_pb2.StateRequest, context: grpc.aio.ServicerContext) -> rank_pb2.StateReply:  # type: ignore[type-arg]
         """See proto."""
         counts = self._side.counts()
         return rank_pb2.StateReply(node=counts.node, rank=counts.rank, pid=counts.pid, asleep=counts.asleep, cpu_seconds=counts.cpu_seconds)
@@ -81,6 +94,11 @@ def _order(request: rank_pb2.ReadRequest) -> ReadOrder:
     )
 
 
+def add_rank_service(server: grpc.aio.Server, side: RankSide) -> None:
+    """Have `server` answer the node's other ranks."""
+    rank_pb2_grpc.add_RankControlServicer_to_server(RankService(side), server)
+
+
 class Peer:
     """Another rank of the same node, as seen from here. Owns its channel; closed with the rank."""
 
@@ -96,7 +114,7 @@ class Peer:
 
     async def sources(self, incarnation: bytes, exports: Sequence[Export]) -> str:
         """Tell the rank where a prefill node can be read; the transport it chose."""
-        handles = [export_to_message(export) for export in exports]
+        handles = [export_message(export) for export in exports]
         request = rank_pb2.SourcesRequest(prefill_incarnation=incarnation, exports=handles)
         return str((await self._call(self._stub.Sources(request, timeout=WAKE_S))).transport)
 
@@ -111,13 +129,18 @@ class Peer:
         )
         return int((await self._call(self._stub.Read(request, timeout=deadline.left_s() + WAKE_S))).bytes_read)
 
+    async def export(self) -> Export:
+        """Where the rank's blocks can be read; waits a moment for a rank that is just starting."""
+        call = self._stub.Export(rank_pb2.ExportRequest(), timeout=WAKE_S, wait_for_ready=True)
+        return export_of(await self._call(call))
+
     async def close(self) -> None:
         """Close the channel."""
-        await self._channel.close()
+        await self._channel.close(None)
 
-    async def _call(self, call: grpc.aio.UnaryUnaryCall) -> rank_pb2.ReadReply | rank_pb2.SourcesReply:  # type: ignore[type-arg]
+    async def _call(self, call: Awaitable[Answer]) -> Answer:
         try:
-            return await call  # type: ignore[no-any-return]
+            return await call
         except grpc.aio.AioRpcError as error:
             raise to_error(error, stage="decode", node=self.name) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field
 
 from baton.errors import BatonError
@@ -81,10 +82,8 @@ class Session:
 
     async def take(self, beat_s: float) -> Outbox:
         """The next message's content: waits until a flush, or for one beat."""
-        try:
+        with contextlib.suppress(TimeoutError):  # a beat goes out even when there is nothing to say
             await asyncio.wait_for(self._ready.wait(), beat_s)
-        except TimeoutError:
-            pass  # a beat goes out even when there is nothing to say
         self._ready.clear()
         out, self.outbox = self.outbox, Outbox()
         return out

@@ -149,6 +149,11 @@ class SequenceLife:
         base = len(self._sent.prefill.emitted_ids)
         return Loss.DECODE_ONLY if not self._decode_heard and len(self._emitted) <= base + 1 else Loss.WHOLE
 
+    def awaits_decode(self, attempt: int) -> bool:
+        """Whether `attempt` is the decode attempt under way and has not made a token yet."""
+        decode = self._sent.decode if self._sent and self.phase in (Phase.SENT, Phase.STREAMING) else None
+        return decode is not None and decode.attempt == attempt and not self._decode_heard
+
     def setback(self) -> None:
         """The dispatch failed; another may follow."""
         self.step(Signal.SETBACK)
@@ -191,7 +196,8 @@ class SequenceLife:
         first, end = len(self._sent.prefill.emitted_ids), event.output_index + len(event.token_ids)
         if not event.token_ids or event.output_index < first or end > self.sampling.max_tokens:
             raise InternalError(
-                f"a node sent output tokens {event.output_index}..{end} of {self.request_id}, which asked for {first}..{self.sampling.max_tokens}"
+                f"a node sent output tokens {event.output_index}..{end} of {self.request_id} "
+                f"where {first}..{self.sampling.max_tokens} were asked for"
             )
         if event.logprobs and len(event.logprobs) != len(event.token_ids):
             raise InternalError(f"a node sent {len(event.logprobs)} logprobs for {len(event.token_ids)} tokens of {self.request_id}")

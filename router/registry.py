@@ -11,7 +11,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from baton.request import BlockCounts
+from router.heard import GroupLoad, Hello, PullReport
 
 
 class Role(enum.StrEnum):
@@ -31,68 +31,33 @@ class GroupState(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """What two peers' KV caches must share; how many blocks and which heads a rank holds is its own affair."""
+class PullTotals:
+    """What a decode group has pulled in this router's life. seconds: the sum over pulls, which overlap."""
 
-    axes: tuple[str, ...]
-    block_size: int
-    num_parts: int
-    head_dim: int
-    dtype: str
-    model_num_layers: int
-    model_num_kv_heads: int
+    pulls: int = 0
+    blocks_pulled: int = 0
+    blocks_matched: int = 0
+    bytes_pulled: int = 0
+    seconds: float = 0.0
+    exposed_s: float = 0.0
 
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """One process of a group."""
-
-    rank: int
-    pid: int
-    host: str
-
-
-@dataclass(frozen=True, slots=True)
-class GroupLoad:
-    """A group's own figures at its last beat; a hint for the policy, never a promise. Times in seconds since its start."""
-
-    waiting_sequences: int = 0
-    running_sequences: int = 0
-    waiting_tokens: int = 0
-    blocks: BlockCounts = BlockCounts(0, 0, 0, 0, 0)
-    open_leases: int = 0
-    open_pulls: int = 0
-    steps: int = 0
-    step_seconds: float = 0.0
-    draining: bool = False
-
-    @property
-    def idle(self) -> bool:
-        """Whether the group has no sequence, lease or pull."""
-        return not (self.waiting_sequences or self.running_sequences or self.open_leases or self.open_pulls)
-
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """Who a group is in this life. incarnation: 16 random bytes. transfer_address: where Pull is served (prefill only)."""
-
-    node: str
-    group: int
-    incarnation: bytes
-    protocol_version: int
-    model_fingerprint: str
-    dtype: str
-    max_model_len: int
-    layout: Layout
-    ranks: tuple[Rank, ...] = ()
-    transfer_address: str = ""
+    def plus(self, report: PullReport) -> PullTotals:
+        """The totals after one more pull."""
+        return PullTotals(
+            self.pulls + 1,
+            self.blocks_pulled + report.blocks_pulled,
+            self.blocks_matched + report.blocks_matched,
+            self.bytes_pulled + report.bytes_pulled,
+            self.seconds + report.seconds,
+            self.exposed_s + report.exposed_s,
+        )
 
 
 @dataclass(slots=True, eq=False)
 class Group:
     """One group. Made by `add`, ended by `remove`; between them only the registry changes it.
 
-    num_sent: sequences of ours that are on the group now; it runs ahead of the load the group last reported.
+    sent_sequences, sent_tokens: what was sent since the group last reported its load, which cannot include it yet.
     asked_to_drain: the operator's wish, kept over reconnects and incarnations until the group is removed.
     """
 
@@ -101,8 +66,15 @@ class Group:
     state: GroupState = GroupState.JOINING
     hello: Hello | None = None
     load: GroupLoad = field(default_factory=GroupLoad)
-    num_sent: int = 0
+    sent_sequences: int = 0
+    sent_tokens: int = 0
     asked_to_drain: bool = False
+    pulls: PullTotals = PullTotals()
+
+    @property
+    def number(self) -> int:
+        """The data-parallel group within its node."""
+        return self.hello.group if self.hello else 0
 
     @property
     def node(self) -> str:
@@ -115,6 +87,16 @@ class Group:
         if self.hello is None or self.role is Role.PREFILL:
             return self.node
         return f"{self.hello.node}/{self.hello.group}"
+
+    @property
+    def incarnation(self) -> bytes:
+        """Of the life it last said hello in; empty before the first."""
+        return self.hello.incarnation if self.hello else b""
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of ours is there or on the way, as far as the group has said."""
+        return self.load.idle and not self.sent_sequences
 
     @property
     def ready(self) -> bool:
@@ -146,6 +128,11 @@ class Pair:
         return self.known and not self.refusal and self.prefill.ready and self.decode.ready
 
     @property
+    def lives(self) -> tuple[bytes, bytes]:
+        """The incarnations of both sides: a proof counts for these."""
+        return self.prefill.incarnation, self.decode.incarnation
+
+    @property
     def usable(self) -> bool:
         """Whether a client's request may be sent through it."""
         return self.proven and self.reachable
@@ -154,8 +141,6 @@ class Pair:
     def name(self) -> str:
         """ "prefill-0 → decode-0/1"."""
         return f"{self.prefill.name} → {self.decode.name}"
-
-
 
 
 def refusal(prefill: Hello, decode: Hello) -> str:
@@ -202,6 +187,13 @@ class Registry:
         """Pairs that a client's request may be sent through now."""
         return (pair for pair in self._pairs.values() if pair.usable)
 
+    def summary(self) -> str:
+        """How things stand, in one line for people: "1 of 2 prefill nodes and 0 of 1 decode groups are ready; …"."""
+        counts = {role: [group.ready for group in self._groups.values() if group.role is role] for role in Role}
+        prefill, decode = (f"{sum(ready)} of {len(ready)} {role}" for role, ready in counts.items())
+        proven = sum(pair.usable for pair in self._pairs.values())
+        return f"{prefill} nodes and {decode} groups are ready; {proven} of {len(self._pairs)} pairs are proven and usable"
+
     def max_model_len(self) -> int | None:
         """The longest prompt plus answer that every ready group takes, tokens; None if none is ready."""
         return min((group.hello.max_model_len for group in self._groups.values() if group.ready and group.hello), default=None)
@@ -228,7 +220,7 @@ class Registry:
 
     def joined(self, group: Group, hello: Hello, load: GroupLoad) -> None:
         """A group said who it is. A new incarnation has to be compared and proven anew; the same one has not."""
-        renewed = group.hello is None or group.hello.incarnation != hello.incarnation
+        renewed = group.incarnation != hello.incarnation
         group.hello = hello
         self.loaded(group, load)
         group.state = GroupState.DRAINING if group.asked_to_drain or load.draining else GroupState.READY
@@ -239,13 +231,13 @@ class Registry:
     def loaded(self, group: Group, load: GroupLoad) -> None:
         """A group's figures changed. One that drains by itself takes no new work, until it says otherwise."""
         group.load = load
+        group.sent_sequences = group.sent_tokens = 0
         if group.state in (GroupState.READY, GroupState.DRAINING):
             group.state = GroupState.DRAINING if group.asked_to_drain or load.draining else GroupState.READY
 
     def lost(self, group: Group) -> None:
         """A group's stream broke; it may come back."""
         group.state = GroupState.GONE
-        group.num_sent = 0
 
     def drain(self, node: str) -> tuple[Group, ...]:
         """Send no new work to a node's groups; returns them (none: no such node)."""

@@ -52,6 +52,10 @@ class ReadReply(_message.Message):
     bytes_read: int
     def __init__(self, bytes_read: _Optional[int] = ...) -> None: ...
 
+class ExportRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class StateRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

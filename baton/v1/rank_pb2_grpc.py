@@ -2,6 +2,7 @@
 """Client and server classes corresponding to protobuf-defined services."""
 import grpc
 
+from baton.v1 import node_pb2 as baton_dot_v1_dot_node__pb2
 from baton.v1 import rank_pb2 as baton_dot_v1_dot_rank__pb2
 
 
@@ -28,6 +29,11 @@ class RankControlStub(object):
                 '/baton.v1.RankControl/Sources',
                 request_serializer=baton_dot_v1_dot_rank__pb2.SourcesRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_rank__pb2.SourcesReply.FromString,
+                )
+        self.Export = channel.unary_unary(
+                '/baton.v1.RankControl/Export',
+                request_serializer=baton_dot_v1_dot_rank__pb2.ExportRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_node__pb2.ExportHandle.FromString,
                 )
         self.State = channel.unary_unary(
                 '/baton.v1.RankControl/State',
@@ -60,6 +66,13 @@ class RankControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Export(self, request, context):
+        """Export says where this rank's blocks can be read (prefill only): the leader collects its group's for its hello.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def State(self, request, context):
         """State is what tests and status ask: process facts of this rank.
         """
@@ -84,6 +97,11 @@ def add_RankControlServicer_to_server(servicer, server):
                     servicer.Sources,
                     request_deserializer=baton_dot_v1_dot_rank__pb2.SourcesRequest.FromString,
                     response_serializer=baton_dot_v1_dot_rank__pb2.SourcesReply.SerializeToString,
+            ),
+            'Export': grpc.unary_unary_rpc_method_handler(
+                    servicer.Export,
+                    request_deserializer=baton_dot_v1_dot_rank__pb2.ExportRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_node__pb2.ExportHandle.SerializeToString,
             ),
             'State': grpc.unary_unary_rpc_method_handler(
                     servicer.State,
@@ -148,6 +166,23 @@ class RankControl(object):
         return grpc.experimental.unary_unary(request, target, '/baton.v1.RankControl/Sources',
             baton_dot_v1_dot_rank__pb2.SourcesRequest.SerializeToString,
             baton_dot_v1_dot_rank__pb2.SourcesReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Export(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/baton.v1.RankControl/Export',
+            baton_dot_v1_dot_rank__pb2.ExportRequest.SerializeToString,
+            baton_dot_v1_dot_node__pb2.ExportHandle.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

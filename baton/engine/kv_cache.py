@@ -1,0 +1,79 @@
+"""The KV cache of one rank: a flat buffer seen as blocks. Knows neither who owns a block nor how bytes travel.
+
+Storage order is block-major: axes ("block", "layer", "part", "head", "slot", "dim"), so that all a rank holds of one block is one
+span. The buffer and the table of generations belong to the node, which made them and outlives the engine; the step thread of
+this rank is their only writer apart from the transfer thread, which writes blocks that no step uses.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import torch
+
+from baton.engine.batch import Batch, UInt64
+from baton.engine.devices import LayerCache
+from baton.engine.parallel import Placement
+from baton.engine.spec import ModelSpec
+
+AXES = ("block", "layer", "part", "head", "slot", "dim")
+NUM_PARTS = 2
+Buffer = memoryview | bytearray | mmap.mmap
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one rank keeps of every block: heads head_start … head_start + num_heads - 1 of all layers, K (part 0) and V (part 1)."""
+
+    num_layers: int
+    head_start: int
+    num_heads: int
+    block_size: int
+    head_dim: int
+    dtype: str
+    dtype_bytes: int
+    num_parts: int = NUM_PARTS
+
+    @classmethod
+    def of(cls, spec: ModelSpec, placement: Placement, block_size: int) -> KVShape:
+        """The shape on one rank; ranks beyond the number of KV heads hold replicas."""
+        heads = placement.kv_heads(spec.kv_heads)
+        return cls(spec.num_layers, heads.start, len(heads), block_size, spec.head_dim, spec.dtype, spec.dtype_bytes)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block on this rank."""
+        return self.num_layers * self.num_parts * self.num_heads * self.block_size * self.head_dim * self.dtype_bytes
+
+    def num_blocks(self, memory_bytes: int) -> int:
+        """How many blocks fit."""
+        return memory_bytes // self.block_bytes
+
+
+class KVCache:
+    """Views of the node's buffer, one per layer, without a copy; and the stamps that tell one content of a block from the next.
+
+    buffer: writable, at least num_blocks * shape.block_bytes. generations: uint64 [num_blocks], readable by peers.
+    The views keep the buffer alive: drop this object (with the rank that uses it) before unmapping.
+    """
+
+    def __init__(self, shape: KVShape, num_blocks: int, buffer: Buffer, generations: UInt64) -> None:
+        size = num_blocks * shape.block_bytes
+        with memoryview(buffer) as view:
+            assert view.nbytes >= size and not view.readonly, f"need {size} writable bytes, got {view.nbytes}"
+        assert generations.shape == (num_blocks,), generations.shape
+        self.shape = shape
+        self.num_blocks = num_blocks
+        self._generations = generations
+        flat = torch.frombuffer(buffer, dtype=torch.uint8, count=size).view(_torch_dtype(shape.dtype))
+        blocks = flat.view(num_blocks, shape.num_layers, shape.num_parts, shape.num_heads, shape.block_size, shape.head_dim)
+        self.layers = tuple(LayerCache(blocks[:, layer]) for layer in range(shape.num_layers))
+
+    def stamp(self, batch: Batch) -> None:
+        """Give the batch's new blocks their generations. Before the step writes: a peer that read the old content must notice."""
+        self._generations[batch.new_blocks] = batch.new_generations
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

@@ -1,0 +1,247 @@
+"""Who holds what, and how ranks of one node speak to each other while they step. Knows no models and no requests.
+
+`Placement` is pure arithmetic. `Groups` holds the process groups: one per domain (the ranks that step together), and one per
+tensor-parallel group where that is smaller. They are made in this order on every rank, and used from the step thread only.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from baton.engine.batch import Int64
+from baton.engine.devices import Collectives, Work, open_device
+from baton.errors import ConfigError, NodeLost
+
+_HEAD_WORDS = 512  # what the first message of a broadcast carries; most batches fit, and need no second one
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one rank stands among the dp_size × tp_size ranks of its node.
+
+    coupled: the whole node is one domain, as decode with experts needs it; otherwise every tensor-parallel group is one.
+    Experts are sharded over the domain, everything else over the tensor-parallel group.
+    """
+
+    tp_rank: int = 0
+    tp_size: int = 1
+    dp_rank: int = 0
+    dp_size: int = 1
+    coupled: bool = False
+
+    @classmethod
+    def of(cls, rank: int, tp_size: int, dp_size: int = 1, coupled: bool = False) -> Placement:
+        """The place of the node's rank number `rank`: tensor-parallel neighbours have consecutive numbers."""
+        assert 0 <= rank < tp_size * dp_size, f"rank {rank} of {dp_size} x {tp_size}"
+        return cls(rank % tp_size, tp_size, rank // tp_size, dp_size, coupled)
+
+    @property
+    def rank(self) -> int:
+        """The number of this rank within its node."""
+        return self.dp_rank * self.tp_size + self.tp_rank
+
+    @property
+    def leader(self) -> bool:
+        """Whether this rank decides for its tensor-parallel group."""
+        return self.tp_rank == 0
+
+    @property
+    def domain_size(self) -> int:
+        """How many ranks step together."""
+        return self.tp_size * (self.dp_size if self.coupled else 1)
+
+    @property
+    def domain_rank(self) -> int:
+        """The number of this rank among those that step together; 0 hosts the rendezvous."""
+        return self.rank if self.coupled else self.tp_rank
+
+    @property
+    def domain(self) -> int:
+        """The number of this rank's domain within its node."""
+        return 0 if self.coupled else self.dp_rank
+
+    def heads(self, num_heads: int) -> range:
+        """The query heads of this rank. Raises ConfigError if they do not divide."""
+        return _share(num_heads, self.tp_size, self.tp_rank, "num_attention_heads")
+
+    def kv_heads(self, num_kv_heads: int) -> range:
+        """The KV heads of this rank; with fewer heads than ranks, neighbours hold the same one. Raises ConfigError."""
+        if num_kv_heads >= self.tp_size:
+            return _share(num_kv_heads, self.tp_size, self.tp_rank, "num_key_value_heads")
+        if self.tp_size % num_kv_heads:
+            raise ConfigError(f"num_key_value_heads={num_kv_heads} neither divides by tp={self.tp_size} nor into it")
+        head = self.tp_rank // (self.tp_size // num_kv_heads)
+        return range(head, head + 1)
+
+    def columns(self, width: int) -> range:
+        """The columns of an MLP of this intermediate width. Raises ConfigError if they do not divide."""
+        return _share(width, self.tp_size, self.tp_rank, "intermediate_size")
+
+    def vocab(self, size: int) -> range:
+        """The vocabulary rows of this rank: equal runs, the last ones shorter (maybe empty) where the size does not divide."""
+        rows = -(-size // self.tp_size)
+        return range(min(size, self.tp_rank * rows), min(size, (self.tp_rank + 1) * rows))
+
+    def experts(self, num_experts: int) -> range:
+        """The experts of this rank. Raises ConfigError if they do not divide among the domain."""
+        return _share(num_experts, self.domain_size, self.domain_rank, "num_experts")
+
+
+def _share(total: int, parts: int, index: int, what: str) -> range:
+    if total % parts:
+        raise ConfigError(f"{what}={total} does not divide by {parts} ranks")
+    size = total // parts
+    return range(index * size, (index + 1) * size)
+
+
+class Rendezvous:
+    """Where the ranks of a domain find each other: a key-value server in the process of domain rank 0, bound to `host` alone.
+
+    Ended by `close`, after all ranks have closed their groups; if that process dies, connecting ranks time out.
+    """
+
+    def __init__(self, host: str, timeout_s: float) -> None:
+        listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.host = host
+        self.port: int = listener.getsockname()[1]
+        self.store: Store | None = TCPStore(
+            host,
+            self.port,
+            is_master=True,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+    def close(self) -> None:
+        """Stop serving."""
+        self.store = None
+
+
+class Groups:
+    """The collectives of one rank. Blocking, for the step thread; every wait ends within the timeout given at connect.
+
+    After an error the groups are unusable: the node is rebuilt. Raises NodeLost then. Ended by `close`.
+    """
+
+    def __init__(self, placement: Placement, domain: Collectives | None, tp: Collectives | None) -> None:
+        self._placement = placement
+        self._domain = domain
+        self._tp = tp
+
+    @classmethod
+    def alone(cls) -> Groups:
+        """The groups of a domain of one rank: nothing to connect."""
+        return cls(Placement(), None, None)
+
+    @classmethod
+    def connect(
+        cls, placement: Placement, host: str, port: int, timeout_s: float, *, bind: str = "127.0.0.1", device: str = "cpu"
+    ) -> Groups:
+        """Meet the other ranks of the domain at the Rendezvous on host:port; all must call this within timeout_s.
+
+        Groups are made in one order on every rank: the domain's, then the tensor-parallel group's unless it is the same.
+        bind: this rank's own address, for the connections between ranks; no environment variable (GLOO_SOCKET_IFNAME) is read.
+        timeout_s also bounds every later collective. Raises NodeLost when a rank is missing.
+        """
+        if placement.domain_size == 1:
+            return cls(placement, None, None)
+        connect = open_device(device).collectives
+        try:
+            store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+            domain = connect(PrefixStore(f"domain{placement.domain}", store), placement.domain_rank, placement.domain_size, bind, timeout_s)
+            if placement.tp_size in (1, placement.domain_size):
+                return cls(placement, domain, domain if placement.tp_size > 1 else None)
+            tp = connect(PrefixStore(f"tp{placement.dp_rank}", store), placement.tp_rank, placement.tp_size, bind, timeout_s)
+        except RuntimeError as error:  # torch's DistError among them
+            raise NodeLost(f"rank {placement.rank} met not all of its {placement.domain_size} ranks at {host}:{port}: {error}") from error
+        return cls(placement, domain, tp)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of x over the tensor-parallel group, in place and equal on all its ranks, bit for bit."""
+        if self._tp is not None and x.numel():
+            self._wait(self._tp.allreduce([x]), "all-reduce")
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, ...] on every rank of the tensor-parallel group -> [tp_size, n, ...]."""
+        if self._tp is None:
+            return x.unsqueeze(0)
+        gathered = x.new_empty((self._placement.tp_size, *x.shape))
+        if x.numel():
+            source = x.contiguous().view(torch.uint8)
+            self._wait(self._tp.allgather([list(gathered.view(torch.uint8).unbind(0))], [source]), "all-gather")
+        return gathered
+
+    def broadcast(self, vector: Int64 | None) -> Int64:
+        """The tensor-parallel leader's vector on every rank of its group; followers pass None.
+
+        A first message carries the length and as much as fits, a second one the rest, if any.
+        """
+        if self._tp is None:
+            assert vector is not None
+            return vector
+        head = torch.zeros(_HEAD_WORDS, dtype=torch.int64)
+        if vector is not None:
+            head[0] = len(vector)
+            head[1 : len(vector) + 1] = torch.from_numpy(vector[: _HEAD_WORDS - 1])
+        self._wait(self._tp.broadcast(head, 0), "broadcast")
+        return self._broadcast_rest(head, vector)
+
+    def _broadcast_rest(self, head: torch.Tensor, vector: Int64 | None) -> Int64:
+        assert self._tp is not None
+        length = int(head[0])
+        first = head[1 : min(length + 1, _HEAD_WORDS)].numpy()
+        if length < _HEAD_WORDS:
+            return first
+        rest = torch.empty(length + 1 - _HEAD_WORDS, dtype=torch.int64)
+        if vector is not None:
+            rest.copy_(torch.from_numpy(vector[_HEAD_WORDS - 1 :]))
+        self._wait(self._tp.broadcast(rest, 0), "broadcast")
+        return np.concatenate([first, rest.numpy()])
+
+    def exchange_sizes(self, size: int) -> list[int]:
+        """Every domain rank's size, by domain rank."""
+        if self._domain is None:
+            return [size]
+        sizes = torch.empty(self._placement.domain_size, dtype=torch.int64)
+        mine = torch.tensor([size], dtype=torch.int64)
+        self._wait(self._domain.allgather([list(sizes.unsqueeze(1).unbind(0))], [mine]), "size exchange")
+        return [int(value) for value in sizes]
+
+    def exchange_counts(self, send: Sequence[int]) -> list[int]:
+        """send[i] rows will go to domain rank i; the answer says how many come from each."""
+        if self._domain is None:
+            return list(send)
+        ones = [1] * self._placement.domain_size
+        received = torch.empty(len(ones), dtype=torch.int64)
+        self._wait(self._domain.alltoall_base(received, torch.tensor(send, dtype=torch.int64), ones, ones), "count exchange")
+        return [int(value) for value in received]
+
+    def all_to_all(self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
+        """Send rows [sum(send), width] in runs, one to each domain rank; returns [sum(receive), width], in order of rank."""
+        if self._domain is None:
+            return rows
+        received = rows.new_empty((sum(receive), rows.shape[1]))
+        raw = [received.view(torch.uint8), rows.contiguous().view(torch.uint8)]
+        self._wait(self._domain.alltoall_base(raw[0], raw[1], list(receive), list(send)), "all-to-all")
+        return received
+
+    def close(self) -> None:
+        """Close the connections; peers in a collective get an error."""
+        for group in {id(group): group for group in (self._tp, self._domain) if group is not None}.values():
+            group.shutdown()
+        self._tp = self._domain = None
+
+    def _wait(self, work: Work, what: str) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise NodeLost(f"{what} of rank {self._placement.rank} failed, its group is lost: {error}") from error

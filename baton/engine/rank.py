@@ -1,0 +1,69 @@
+"""One rank's model: its parameters, its KV cache, and one forward. Knows no schedule and no lock step; see runner.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from baton.engine import weights
+from baton.engine.batch import Batch, Sampled
+from baton.engine.devices import open_device
+from baton.engine.kv_cache import KVCache, KVShape
+from baton.engine.layers import Rotary, Setting, Step
+from baton.engine.models import build_model
+from baton.engine.parallel import Groups, Placement
+from baton.engine.sampler import sample
+from baton.engine.spec import ModelSpec
+
+
+def set_threads(num_threads: int, device: str = "cpu") -> None:
+    """How many host threads the engine's operations in this process may use."""
+    open_device(device).set_num_threads(num_threads)
+
+
+class Rank:
+    """The part of a model that one rank holds. All ranks of a domain make the same calls, from their step threads.
+
+    Making one allocates the parameters and raises ConfigError if the model cannot be split as `placement` asks; `load` fills them.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, placement: Placement, groups: Groups, model_dir: Path | str, kv: KVCache, device: str = "cpu"
+    ) -> None:
+        assert kv.shape == KVShape.of(spec, placement, kv.shape.block_size), kv.shape
+        self.spec = spec
+        self.placement = placement
+        self.kv = kv
+        self._device = open_device(device)
+        self._model_dir = model_dir
+        setting = Setting(spec, placement, groups, self._device)
+        self._rotary = Rotary(setting)
+        self._model = build_model(setting)
+
+    def load(self, progress: weights.Progress | None = None) -> int:
+        """Read this rank's slices of the checkpoint; returns their bytes. progress(done_bytes, total_bytes). Raises ConfigError."""
+        return weights.load(self._model_dir, self._model.pieces(), self._model.spare(), progress)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Sampled:
+        """Compute a batch, possibly empty, and sample its rows on the leader of the group; other ranks return no rows.
+
+        All ranks of a group must pass the same batch, all ranks of a coupled domain must call at the same step. Raises NodeLost.
+        """
+        hidden = self._model(self._step(batch))
+        if not len(batch.sample_rows):
+            return nothing_sampled()
+        logits = self._model.logits(hidden[self._device.tensor(batch.sample_rows)])
+        return nothing_sampled() if logits is None else sample(logits, batch)
+
+    def _step(self, batch: Batch) -> Step:
+        cos, sin = self._rotary(self._device.tensor(batch.positions))
+        attention = self._device.block_attention(batch, self.kv.shape.block_size)
+        return Step(self._device.tensor(batch.token_ids), cos, sin, attention, self.kv.layers)
+
+
+def nothing_sampled() -> Sampled:
+    """A Sampled without rows."""
+    return Sampled(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, 0), np.int64), np.zeros((0, 0), np.float32))

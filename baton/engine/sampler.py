@@ -1,0 +1,165 @@
+"""From logits to tokens: counter-based sampling, the same for a sequence whatever it is batched with.
+
+Knows logits and a batch's sampling arrays; knows neither models nor sequences. Design rule 6:
+
+    u = uniform(seed, output_index); banned ids out; temperature; keep top_k, of these top_p, of these min_p; inverse CDF.
+
+Order of the masks: top_k most likely tokens; of their renormalised distribution the shortest prefix, most likely first,
+that reaches top_p; of these the ones at least min_p times as likely as the most likely. Ties at a cut go to the lower id.
+The inverse CDF runs in vocabulary order. Sums are kept in fp32 (torch accumulates them in fp64 on cpu) and run along one
+row, so no row's result depends on the others. N: sampled rows, V: vocabulary, R: rows that are not greedy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from baton.engine.batch import Batch, Float32, Int64, Sampled, UInt64
+
+UNIFORM_BITS = 24  # as many as an fp32 in [0, 1) holds exactly
+# Enough, mostly, to find where top_p cuts; if not, the whole row is sorted.
+FIRST_CANDIDATES = 1024
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+def sample(logits: Tensor, batch: Batch) -> Sampled:
+    """Draw one token per row.
+
+    logits: [N, V] fp32, unmodified; left as they are. batch: its N sampling rows. Returns arrays of length N in host memory.
+    """
+    num_rows = logits.shape[0]
+    assert num_rows == len(batch.seeds)
+    logprobs, top_ids, top_logprobs = np.zeros(num_rows, np.float32), *_no_top(num_rows, int(batch.num_logprobs.max(initial=0)))
+    if num_rows == 0:
+        return Sampled(np.zeros(0, np.int64), logprobs, top_ids, top_logprobs)
+    token_ids = _draw(_banned_out(logits, batch), batch)
+    asked = np.flatnonzero(batch.num_logprobs >= 0)
+    if len(asked):
+        rows = torch.from_numpy(asked).to(logits.device)
+        everything = torch.log_softmax(logits[rows], dim=-1)
+        logprobs[asked] = everything.gather(1, token_ids[rows].unsqueeze(1)).squeeze(1).cpu().numpy()
+        ids, values = _most_likely(everything, top_ids.shape[1])
+        top_ids[asked], top_logprobs[asked] = ids.cpu().numpy(), values.cpu().numpy()
+    return Sampled(token_ids.cpu().numpy(), logprobs, top_ids, top_logprobs)
+
+
+def uniform(seeds: UInt64, output_indices: Int64) -> Float32:
+    """[N] numbers in [0, 1), multiples of 2**-24: splitmix64(splitmix64(seed) + output_index), its upper 24 bits.
+
+    splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    mixed = _splitmix64(_splitmix64(seeds) + output_indices.astype(np.uint64))
+    return (mixed >> np.uint64(64 - UNIFORM_BITS)).astype(np.float32) * np.float32(2.0**-UNIFORM_BITS)
+
+
+def _splitmix64(state: UInt64) -> UInt64:
+    mixed = state + _GOLDEN
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * _MIX_1
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def _no_top(num_rows: int, num_columns: int) -> tuple[Int64, Float32]:
+    return np.zeros((num_rows, num_columns), np.int64), np.zeros((num_rows, num_columns), np.float32)
+
+
+def _banned_out(logits: Tensor, batch: Batch) -> Tensor:
+    if not len(batch.banned_ids):
+        return logits
+    rows = np.repeat(np.arange(len(batch.seeds)), np.diff(batch.banned_starts))
+    index = (torch.from_numpy(rows).to(logits.device), torch.from_numpy(batch.banned_ids.astype(np.int64)).to(logits.device))
+    return logits.clone().index_put_(index, torch.tensor(-torch.inf, device=logits.device))
+
+
+def _draw(logits: Tensor, batch: Batch) -> Tensor:
+    """[N] token ids. Greedy rows: the largest logit, the lowest id of equal ones."""
+    hot = np.flatnonzero(batch.temperatures > 0)
+    if len(hot) == 0:
+        return logits.argmax(dim=-1)
+    rows = torch.from_numpy(hot).to(logits.device)
+    drawn = _inverse_cdf(_weights(logits[rows], batch, hot), uniform(batch.seeds[hot], batch.output_indices[hot]))
+    if len(hot) == len(logits):
+        return drawn
+    token_ids = logits.argmax(dim=-1)
+    token_ids[rows] = drawn
+    return token_ids
+
+
+def _weights(logits: Tensor, batch: Batch, hot: Int64) -> Tensor:
+    """[R, V] probabilities after temperature, 0 where masked; not renormalised."""
+    temperatures = torch.from_numpy(batch.temperatures[hot]).to(logits.device).unsqueeze(1)
+    # The maximum is subtracted first: a tiny temperature then cannot overflow.
+    probs = torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperatures, dim=-1)
+    vocab = probs.shape[1]
+    top_ks = np.where((batch.top_ks[hot] <= 0) | (batch.top_ks[hot] > vocab), vocab, batch.top_ks[hot]).astype(np.int64)
+    cut = np.flatnonzero((top_ks < vocab) | (batch.top_ps[hot] < 1))
+    if len(cut):
+        rows = torch.from_numpy(cut).to(logits.device)
+        bounds = (torch.from_numpy(top_ks[cut]).to(logits.device), torch.from_numpy(batch.top_ps[hot[cut]]).to(logits.device))
+        probs[rows] = _cut(probs[rows], *bounds)
+    if np.any(batch.min_ps[hot] > 0):
+        floors = torch.from_numpy(batch.min_ps[hot]).to(logits.device).unsqueeze(1) * probs.amax(dim=-1, keepdim=True)
+        probs = probs.where(probs >= floors, 0)
+    return probs
+
+
+def _cut(probs: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
+    """probs [C, V] with 0 for what top_ks [C] and top_ps [C] leave out. Only values are sorted; ties are settled by id."""
+    largest, num_kept = _kept(probs, top_ks, top_ps)
+    threshold = largest.gather(1, (num_kept - 1).unsqueeze(1))
+    num_above = (largest > threshold).sum(dim=1)
+    tied = probs == threshold
+    room = num_kept - num_above
+    if bool((tied.sum(dim=1) > room).any()):
+        tied &= tied.cumsum(dim=1) <= room.unsqueeze(1)
+    return probs.where((probs > threshold) | tied, 0)
+
+
+def _kept(probs: Tensor, top_ks: Tensor, top_ps: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest probabilities of each row in descending order, and how many of them are kept, at least 1."""
+    vocab = probs.shape[1]
+    bounded = top_ks < vocab
+    wanted = int(top_ks[bounded].max()) if bool(bounded.any()) else 0
+    if bool((~bounded).any()):
+        wanted = max(wanted, min(FIRST_CANDIDATES, vocab))
+    largest = probs.topk(wanted, dim=1).values
+    num_kept = _num_kept(largest, vocab, top_ks, top_ps)
+    # An unbounded row whose every candidate was kept may go on behind them.
+    if wanted < vocab and bool(((num_kept == wanted) & (top_ks > wanted)).any()):
+        largest = probs.sort(dim=1, descending=True).values
+        num_kept = _num_kept(largest, vocab, top_ks, top_ps)
+    return largest, num_kept
+
+
+def _num_kept(largest: Tensor, vocab: int, top_ks: Tensor, top_ps: Tensor) -> Tensor:
+    in_top_k = torch.arange(largest.shape[1], device=largest.device).unsqueeze(0) < top_ks.unsqueeze(1)
+    until = largest.cumsum(dim=1)
+    before = torch.nn.functional.pad(until[:, :-1], (1, 0))
+    # Without top_k the whole row is 1 by definition: a sum over the candidates would depend on how many there are.
+    total = until.gather(1, top_ks.clamp(max=largest.shape[1]).unsqueeze(1) - 1)
+    total = total.where((top_ks < vocab).unsqueeze(1), 1.0)
+    kept = in_top_k & ((before < top_ps.unsqueeze(1) * total) | (top_ps >= 1).unsqueeze(1))
+    return kept.sum(dim=1).clamp(min=1)
+
+
+def _inverse_cdf(weights: Tensor, u: Float32) -> Tensor:
+    """[R] the first id whose cumulative weight exceeds u times the row's sum; never one of weight 0."""
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    target = torch.from_numpy(u).to(weights.device).unsqueeze(1) * total
+    # u < 1, but its product with the sum may round up to the sum.
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+
+
+def _most_likely(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row in descending order, lower ids first among equals: ids [A, count] and values."""
+    bits = (logprobs + 0.0).view(torch.int32).to(torch.int64)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ids = torch.arange(logprobs.shape[1], device=logprobs.device)
+    keys = (ordered << 32) - ids
+    top = keys.topk(count, dim=1).indices
+    return top, logprobs.gather(1, top)

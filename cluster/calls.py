@@ -1,0 +1,77 @@
+"""Calls to actors, and what their failures mean.
+
+Knows: Ray's errors and ours. Does not know: which actors there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+
+from baton.errors import BatonError, ConfigError, InternalError, NodeLost
+
+STOP_S = 8.0
+# After a first failure: how long to wait for the death that caused it, which peers of the dead often notice first.
+_BLAME_S = 0.5
+
+T = TypeVar("T")
+
+
+async def end_actor(actor: ActorHandle[Any]) -> None:
+    """Let an actor end by itself within STOP_S, then kill it. A dead one is fine."""
+    with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
+        await asyncio.wait_for(_awaited(actor.stop.remote()), STOP_S)
+    ray.kill(actor, no_restart=True)
+
+
+async def first_failure(work: Sequence[Awaitable[T]]) -> list[T]:
+    """All results in order; or, once one failed, the failure to blame: a death before what its peers say about it."""
+    tasks = [asyncio.ensure_future(item) for item in work]
+    try:
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if pending:
+            done |= (await asyncio.wait(pending, timeout=_BLAME_S))[0]
+        errors = [error for task in tasks if task in done and (error := task.exception())]
+        if errors:
+            raise min(errors, key=lambda error: not isinstance(error, NodeLost))
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def result(name: str, what: str, reference: Any) -> Any:
+    """The result of an actor call, its failure as ours: the actor's own BatonError, NodeLost if it died, else InternalError."""
+    try:
+        return await reference
+    except ActorDiedError as error:
+        raise NodeLost(f"{name} died when it should {what}: {first_line(error)}", stage=what, node=name) from error
+    except RayTaskError as error:
+        raise _named(error.cause, name, what) from error
+    except RayActorError as error:
+        raise NodeLost(f"{name} cannot be reached to {what}: {first_line(error)}", stage=what, node=name) from error
+
+
+def _named(cause: BaseException, name: str, what: str) -> BatonError:
+    if isinstance(cause, BatonError):
+        return type(cause)(f"{name}: {cause.message}", stage=cause.stage or what, node=name, cause=cause.cause, retryable=cause.retryable)
+    kind = ConfigError if isinstance(cause, ImportError) else InternalError
+    return kind(f"{name} could not {what}: {type(cause).__name__}: {cause}", stage=what, node=name, cause=f"{what}_failed")
+
+
+def first_line(error: BaseException) -> str:
+    """Ray's errors run over many lines; the last one of the first paragraph says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if "exit detail" in line or "Error" in line]
+    return (said or lines or [type(error).__name__])[-1 if not said else 0][:400]
+
+
+async def _awaited(reference: Any) -> Any:
+    return await reference

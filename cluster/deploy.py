@@ -1,0 +1,139 @@
+"""`baton up`, `status` and `down`: clusters that live on an existing Ray cluster and outlive the command that started them.
+
+Everything about them is found through Ray: each is a namespace with named detached actors and placement groups.
+Knows: Ray's names. Does not know: how a cluster is launched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from baton.config import BatonConfig
+from baton.errors import ConfigError, NotFound
+from cluster.local import connect, connect_environment
+from cluster.machine import with_absolute_model
+from cluster.serve import first_signal_interrupts, ready_line
+
+_NAMESPACE = "baton-"
+
+
+def up(config: BatonConfig, name: str, *, show_logs: bool = False) -> int:
+    """Launch a detached cluster; prints one line with its addresses. Raises ConfigError if `name` is taken, else as Cluster.up does."""
+    with first_signal_interrupts(), _connected(config.ray.address, name, show_logs=show_logs):
+        if _actor_names(name):
+            raise ConfigError(
+                f"a cluster named {name!r} is already up; take it down with `baton down --name {name}`, or choose another name"
+            )
+        print(ready_line(asyncio.run(_launch(with_absolute_model(config)))), flush=True)
+    return 0
+
+
+def status(address: str | None, name: str) -> int:
+    """Print groups, pairs and what every rank holds. Raises NotFound if there is no such cluster."""
+    with _connected(address, name):
+        names = _existing(name)
+        print_report(asyncio.run(_ask_router()), asyncio.run(_ask_ranks(names)))
+    return 0
+
+
+def down(address: str | None, name: str) -> int:
+    """Stop every actor of a cluster and give its slots back. Raises NotFound if there is no such cluster."""
+    with _connected(address, name):
+        names = _existing(name)
+        asyncio.run(_end(names))
+        print(f"{name} is down: {len(names)} processes ended")
+    return 0
+
+
+def print_report(router: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    """The router's view and the ranks', as tables."""
+    console = Console()
+    console.print(router.get("summary", ""), highlight=False, markup=False)
+    table = Table("rank", "pid", "blocks", "free", "cached", "held", "quarantined", "leases", "pulls", "steps", box=None)
+    for rank in ranks:
+        blocks = [str(rank[key]) for key in ("total", "free", "cached", "held", "quarantined", "open_leases", "open_pulls", "steps")]
+        table.add_row(f"{rank['node']}/{rank['rank']}", str(rank["pid"]), *blocks)
+    console.print(table)
+
+
+@contextlib.contextmanager
+def _connected(address: str | None, name: str, *, show_logs: bool = False) -> Iterator[None]:
+    # This process is ours and short-lived, so its environment may say how to talk to Ray; Ray reads it when it is imported.
+    os.environ.update(connect_environment(dict(os.environ)))
+    connect(address or os.environ.get("RAY_ADDRESS", "auto"), namespace=_NAMESPACE + name, show_logs=show_logs)
+    import ray
+
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+async def _launch(config: BatonConfig) -> Any:
+    from cluster.display import LaunchDisplay
+    from cluster.launch import launch
+
+    with LaunchDisplay(Console(stderr=True)) as display:
+        cluster = await launch(config, display, detached=True)
+    return cluster.info()
+
+
+def _actor_names(name: str) -> list[str]:
+    """Live named actors of one cluster."""
+    import ray
+
+    listed: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(actor["name"] for actor in listed if actor["namespace"] == _NAMESPACE + name)
+
+
+def _existing(name: str) -> list[str]:
+    import ray
+
+    if names := _actor_names(name):
+        return names
+    listed: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    known = sorted({actor["namespace"].removeprefix(_NAMESPACE) for actor in listed if actor["namespace"].startswith(_NAMESPACE)})
+    raise NotFound(f"no cluster named {name!r} is up on this Ray cluster" + (f"; there are: {', '.join(known)}" if known else ""))
+
+
+async def _ask_router() -> dict[str, Any]:
+    from cluster.calls import result
+    from cluster.launch import FRONT
+
+    answer: dict[str, Any] = await result(FRONT, "report", _actor(FRONT).status.remote())
+    return answer
+
+
+async def _ask_ranks(names: list[str]) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    from cluster.calls import first_failure, result
+    from cluster.launch import FRONT
+
+    counts = await first_failure([result(name, "count", _actor(name).counts.remote()) for name in names if name != FRONT])
+    return [asdict(item) for item in counts]
+
+
+async def _end(names: list[str]) -> None:
+    from ray.util.placement_group import get_placement_group, remove_placement_group
+
+    from cluster.calls import end_actor
+    from cluster.launch import FRONT
+
+    for first in (True, False):  # the router first: it ends the requests
+        await asyncio.gather(*(end_actor(_actor(name)) for name in names if (name == FRONT) is first))
+    for node in {name.split("/")[0] for name in names if name != FRONT}:
+        remove_placement_group(get_placement_group(node))
+
+
+def _actor(name: str) -> Any:
+    import ray
+
+    return ray.get_actor(name)

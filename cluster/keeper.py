@@ -1,0 +1,150 @@
+"""The process that holds one cluster for another process: `python -m cluster.keeper`, started by kept.py, spoken to over its pipes.
+
+It ends, and takes every process of the cluster along, when its standard input closes: so also when whoever asked for the cluster is killed.
+Knows: launch order and the pipe. Does not know: who watches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO
+
+import ray
+from pydantic import BaseModel
+
+from baton.errors import BatonError, InternalError
+from cluster.launch import Cluster
+from cluster.local import connect, last_lines, remove_home, start_private_ray
+from cluster.machine import available_cores
+from cluster.messages import Facts, Failed, Launch, Lost, Question, Ready, Reply, Stage
+
+MAX_LINE_BYTES = 2**20
+
+
+class Keeper:
+    """One cluster's life on behalf of a parent process."""
+
+    def __init__(self, order: Launch, parent: asyncio.StreamReader, out: TextIO) -> None:
+        self._order = order
+        self._parent = parent
+        self._out = out
+        self._home = Path(order.home)
+
+    def say(self, message: BaseModel) -> None:
+        """Tell the parent; one that is gone cannot be told, and its end of the other pipe ends us."""
+        with contextlib.suppress(BrokenPipeError):
+            self._out.write(message.model_dump_json() + "\n")
+            self._out.flush()
+
+    async def keep(self) -> int:
+        """Launch, serve until the parent hangs up, take down. Returns the exit code."""
+        gone = asyncio.Event()
+        questions: asyncio.Queue[Question] = asyncio.Queue()
+        listening = asyncio.create_task(self._listen(gone, questions))
+        # Ray took SIGTERM over when it was started; here it means the same as a parent that hangs up.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, gone.set)
+        cluster = Cluster(self._order.config, cores=available_cores() if self._order.private else None)
+        try:
+            if await self._up_unless(gone, cluster):
+                await self._serve(cluster, gone, questions)
+            return 0 if gone.is_set() else 1
+        finally:
+            listening.cancel()
+            await cluster.stop()
+
+    async def _listen(self, gone: asyncio.Event, questions: asyncio.Queue[Question]) -> None:
+        while line := await self._parent.readline():
+            questions.put_nowait(Question.model_validate_json(line))
+        gone.set()
+
+    async def _up_unless(self, gone: asyncio.Event, cluster: Cluster) -> bool:
+        """Whether the cluster is up; if not, the parent has been told why, or hung up."""
+        launching = asyncio.create_task(cluster.up(self.say))
+        hanging_up = asyncio.create_task(gone.wait())
+        await asyncio.wait({launching, hanging_up}, return_when=asyncio.FIRST_COMPLETED)
+        hanging_up.cancel()
+        launching.cancel()
+        try:
+            await launching
+        except asyncio.CancelledError:
+            return False
+        except BatonError as error:
+            self.say(Failed(error=Facts.of(error), log=last_lines(self._home, cluster.pid_of(error.node))))
+            return False
+        return True
+
+    async def _serve(self, cluster: Cluster, gone: asyncio.Event, questions: asyncio.Queue[Question]) -> None:
+        self.say(Ready(info=cluster.info()))
+        watching = asyncio.create_task(cluster.watch(self._lost))
+        answering = asyncio.create_task(self._answer_all(cluster, questions))
+        try:
+            await gone.wait()
+        finally:
+            answering.cancel()
+            watching.cancel()
+
+    def _lost(self, lost: Lost) -> None:
+        self.say(lost.model_copy(update={"log": last_lines(self._home, lost.pid)}))
+
+    async def _answer_all(self, cluster: Cluster, questions: asyncio.Queue[Question]) -> None:
+        while True:
+            self.say(await _answer(cluster, await questions.get()))
+
+
+async def _answer(cluster: Cluster, question: Question) -> Reply:
+    try:
+        if question.question == "status":
+            return Reply(number=question.number, answer=await cluster.status())
+        return Reply(number=question.number, answer=[asdict(counts) for counts in await cluster.counts()])
+    except BatonError as error:
+        return Reply(number=question.number, error=Facts.of(error))
+
+
+@contextlib.contextmanager
+def _connected(order: Launch) -> Iterator[None]:
+    if order.private:
+        start_private_ray(Path(order.home), order.config.num_ranks, show_logs=order.show_logs)
+    else:
+        connect(order.config.ray.address, show_logs=order.show_logs)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+async def _run(out: TextIO) -> int:
+    parent = asyncio.StreamReader(limit=MAX_LINE_BYTES)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(parent), sys.stdin)
+    order = Launch.model_validate_json(await parent.readline())
+    keeper = Keeper(order, parent, out)
+    try:
+        # Ray starts on this thread on purpose, blocking the loop: its processes end with the thread that started them.
+        keeper.say(Stage(stage="starting Ray" if order.private else "connecting to Ray"))
+        with _connected(order):
+            return await keeper.keep()
+    except Exception as error:  # the edge of this process: the parent must hear of everything
+        traceback.print_exc()
+        failure = InternalError(f"{type(error).__name__}: {error}", stage="launch", cause="launch_failed")
+        keeper.say(Failed(error=Facts.of(failure)))
+        return 1
+    finally:
+        remove_home(Path(order.home))
+
+
+def main() -> int:
+    """Read the order and questions from standard input, write events to standard output; logs go to standard error."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # nothing that Ray or a library prints may end up between our lines
+    return asyncio.run(_run(out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

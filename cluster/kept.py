@@ -1,0 +1,233 @@
+"""A cluster held by a keeper process, seen from the process that asked for it.
+
+Knows: how to start, ask, watch and end a keeper. Does not know: Ray; importing this module imports neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Literal, Self
+
+import psutil
+
+from baton.config import BatonConfig
+from baton.errors import BatonError, DeadlineExceeded, InternalError, Unavailable
+from cluster.local import connect_environment, environment, import_environment, make_home, remove_home
+from cluster.machine import check_before_start, with_absolute_model
+from cluster.messages import EVENT, ClusterInfo, Event, Failed, Launch, Lost, Progress, Question, Ready, Reply, Stage
+from ranks.facts import RankCounts
+
+_STOP_S = 45.0
+_KILL_S = 10.0
+_ASK_S = 10.0
+# The launch itself has ray.ready_s; this is for starting Ray before, and for taking down after a failure.
+_EXTRA_START_S = 120.0
+_KEEPER_LOG = "keeper.err"
+
+Watch = Callable[[Stage | Progress], None]
+
+
+class KeptCluster:
+    """One cluster and its keeper process. Ends with `stop`, with the `with` block, or with this process, however it ends.
+
+    Owner of the keeper's pipes, of the cluster's home directory and of the thread that reads events.
+    Raises ConfigError at once for what this machine cannot run.
+    """
+
+    def __init__(self, config: BatonConfig, *, show_logs: bool = False) -> None:
+        self._private = not config.ray.address
+        self._config = check_before_start(config) if self._private else with_absolute_model(config)
+        self._show_logs = show_logs
+        self._home = make_home()
+        self._process: subprocess.Popen[str] | None = None
+        self._reader: threading.Thread | None = None
+        self._events: queue.Queue[Event | None] = queue.Queue()
+        self._pending: dict[int, Future[Any]] = {}
+        self._numbers = itertools.count(1)
+        self._lock = threading.Lock()
+        self.info: ClusterInfo | None = None
+
+    def start(self, watch: Watch) -> ClusterInfo:
+        """Start and block until the cluster serves, calling `watch` with every stage and progress.
+
+        Raises what the launch failed with (its `__notes__` hold the log of the rank at fault); everything is taken down then,
+        and also if `watch` or a signal raises.
+        """
+        try:
+            self._spawn()
+            self.info = self._until_ready(watch)
+        except BaseException:
+            self.stop()
+            raise
+        return self.info
+
+    def _spawn(self) -> None:
+        with (self._home / _KEEPER_LOG).open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "cluster.keeper"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=None if self._show_logs else log,
+                env=self._environment(dict(os.environ)),
+                text=True,
+                start_new_session=True,  # a terminal's Ctrl-C is ours to turn into an orderly stop
+            )
+        self._reader = threading.Thread(target=self._read, args=(self._process,), name="keeper-events", daemon=True)
+        self._reader.start()
+        order = Launch(config=self._config, home=str(self._home), private=self._private, show_logs=self._show_logs)
+        self._send(order.model_dump_json())
+
+    def _environment(self, inherited: dict[str, str]) -> dict[str, str]:
+        if self._private:
+            return environment(self._home, inherited)
+        return {**inherited, **import_environment(inherited), **connect_environment(inherited)}
+
+    def _until_ready(self, watch: Watch) -> ClusterInfo:
+        limit_s = self._config.ray.ready_s + _EXTRA_START_S
+        while True:
+            event = self._next(limit_s)
+            if isinstance(event, Ready):
+                return event.info
+            if isinstance(event, Failed):
+                raise _with_log(event.error.error(), event.log)
+            if isinstance(event, Stage | Progress):
+                watch(event)
+
+    def wait_lost(self, timeout_s: float | None = None) -> Lost | None:
+        """The next process of the running cluster that ends by itself; None after `timeout_s`. Raises InternalError if the keeper ended."""
+        with contextlib.suppress(queue.Empty):
+            while event := self._events.get(timeout=timeout_s):
+                if isinstance(event, Lost):
+                    return event
+            self._events.put(None)
+            raise self._keeper_died()
+        return None
+
+    def status(self) -> dict[str, Any]:
+        """What the router says about groups, pairs and requests."""
+        answer: dict[str, Any] = self._ask("status")
+        return answer
+
+    def counts(self) -> list[RankCounts]:
+        """What every rank holds now, in rank order."""
+        return [RankCounts(**facts) for facts in self._ask("counts")]
+
+    def _ask(self, question: Literal["status", "counts"]) -> Any:
+        number = next(self._numbers)
+        future: Future[Any] = Future()
+        self._pending[number] = future
+        self._send(Question(number=number, question=question).model_dump_json())
+        try:
+            return future.result(_ASK_S)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the cluster did not answer {question} within {_ASK_S:g} s", stage="cluster") from error
+        finally:
+            self._pending.pop(number, None)
+
+    def stop(self) -> None:
+        """Take everything down and wait until no process of the cluster is left. Safe to call twice."""
+        process, self._process = self._process, None
+        if process is not None:
+            family = _family(process.pid)
+            _hang_up(process)
+            try:
+                process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            _end(family)
+            process.wait(_KILL_S)
+            assert self._reader is not None
+            self._reader.join(_KILL_S)
+        remove_home(self._home)
+
+    def _next(self, timeout_s: float) -> Event:
+        try:
+            event = self._events.get(timeout=timeout_s)
+        except queue.Empty as error:
+            raise DeadlineExceeded(f"the cluster said nothing for {timeout_s:g} s", stage="launch") from error
+        if event is None:
+            raise self._keeper_died()
+        return event
+
+    def _keeper_died(self) -> BatonError:
+        log = self._home / _KEEPER_LOG
+        written = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        return _with_log(
+            InternalError("the process that holds the cluster ended unexpectedly", stage="cluster", cause="keeper_lost"), written
+        )
+
+    def _send(self, line: str) -> None:
+        process = self._process
+        if process is None:
+            raise Unavailable("the cluster has been stopped", stage="cluster", retryable=False)
+        assert process.stdin is not None
+        try:
+            with self._lock:
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+        except BrokenPipeError as error:
+            raise self._keeper_died() from error
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        """Runs on the reader thread until the keeper closes its end."""
+        assert process.stdout is not None
+        with process.stdout as lines:
+            for line in lines:
+                self._dispatch(EVENT.validate_json(line))
+        for future in list(self._pending.values()):
+            future.set_exception(InternalError("the cluster ended before it answered", stage="cluster"))
+        self._events.put(None)
+
+    def _dispatch(self, event: Event) -> None:
+        if not isinstance(event, Reply):
+            self._events.put(event)
+            return
+        future = self._pending.pop(event.number, None)
+        if future is None:
+            return  # asked by someone whose time ran out
+        if event.error is not None:
+            future.set_exception(event.error.error())
+        else:
+            future.set_result(event.answer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.stop()
+
+
+def _hang_up(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Wait until all have ended; those that have not after _KILL_S are killed."""
+    _, alive = psutil.wait_procs(processes, timeout=_KILL_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=_KILL_S)
+
+
+def _with_log(error: BatonError, log: str) -> BatonError:
+    if log.strip():
+        error.add_note("\n".join(log.strip().splitlines()[-30:]))
+    return error

@@ -1,0 +1,94 @@
+"""Nodes onto hosts: one strictly packed Ray placement group per node.
+
+Knows: Ray's placement groups and resources. Does not know: what will run there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node  # the only call that says what is free on which host
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from baton.deadline import Deadline
+from baton.errors import ResourceExhausted
+from cluster.plan import RANK_RESOURCE, Host, NodeAsk, can_ever_fit, explain_shortage
+
+PLACE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A node's slots, reserved on one host until `release`; dies with the job that asked, unless detached."""
+
+    ask: NodeAsk
+    host: Host
+    group: PlacementGroup
+
+    def release(self) -> None:
+        """Give the slots back. Actors still on them are killed by Ray."""
+        remove_placement_group(self.group)
+
+
+def reserve(ask: NodeAsk, *, detached: bool) -> PlacementGroup:
+    """Ask Ray for a node's slots; they are not there yet. The caller removes the group."""
+    selectors = ask.label_selectors() if ask.labels else None
+    lifetime = "detached" if detached else None
+    group: PlacementGroup = placement_group(
+        ask.bundles(), strategy="STRICT_PACK", name=ask.node, lifetime=lifetime, bundle_label_selector=selectors
+    )
+    return group
+
+
+async def placed(ask: NodeAsk, group: PlacementGroup, cores: int | None) -> Placed:
+    """The host of a reserved node. `cores`: of this machine, where Ray was not told about them.
+
+    Raises ResourceExhausted(cause="no_machine") with the numbers: at once if no host could ever hold the node, else after PLACE_S.
+    """
+    if not can_ever_fit(ask, hosts()):
+        raise _no_machine(ask)
+    deadline = Deadline.after(PLACE_S)
+    # In a thread, since the call blocks, and in slices, so that a Ctrl-C is not kept waiting for the whole time.
+    while not await asyncio.to_thread(group.wait, min(1.0, deadline.left_s())):
+        if deadline.passed():
+            raise _no_machine(ask)
+    (node_id,) = set(placement_group_table(group)["bundles_to_node_id"].values())
+    return Placed(ask, _host(node_id, cores), group)
+
+
+def hosts() -> list[Host]:
+    """Every live host of the Ray cluster. Cores are those Ray was told of, at least 1."""
+    free = available_resources_per_node()  # type: ignore[no-untyped-call]
+    return [_as_host(node, free.get(node["NodeID"], {})) for node in _ray_nodes() if node["Alive"]]
+
+
+def _host(node_id: str, cores: int | None) -> Host:
+    (node,) = [node for node in _ray_nodes() if node["NodeID"] == node_id]
+    host = _as_host(node, {})
+    return host if cores is None else Host(host.address, cores, host.slots, labels=host.labels)
+
+
+def _ray_nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return nodes
+
+
+def _as_host(node: dict[str, Any], free: dict[str, float]) -> Host:
+    resources, labels = node["Resources"], node["Labels"]
+    slots = int(resources.get(RANK_RESOURCE, 0))
+    cores = max(1, int(resources.get("CPU", 0)))
+    return Host(str(node["NodeManagerAddress"]), cores, slots, int(free.get(RANK_RESOURCE, 0)), labels)
+
+
+def _no_machine(ask: NodeAsk) -> ResourceExhausted:
+    return ResourceExhausted(explain_shortage(ask, hosts()), stage="placement", node=ask.node, cause="no_machine")
+
+
+def release_all(groups: Sequence[PlacementGroup]) -> None:
+    """Remove placement groups, reserved or not."""
+    for group in groups:
+        remove_placement_group(group)

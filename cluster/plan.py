@@ -1,0 +1,157 @@
+"""Where ranks go and what each may use, decided from plain values.
+
+Knows: the configuration, what hosts offer, how large a checkpoint is. Does not know: Ray, sockets, the machine it runs on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from baton.config import BatonConfig, RankPlan
+from baton.errors import ConfigError
+
+RANK_RESOURCE = "baton_rank"
+# Measured on Linux with torch 2.13 and ray 2.60: resident bytes before any weight or KV block exists.
+RANK_PROCESS_BYTES = 400 * 2**20
+SERVICE_PROCESSES_BYTES = 900 * 2**20
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Role = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAsk:
+    """One node's demand: `num_ranks` slots on one host that carries `labels`."""
+
+    role: Role
+    node: str
+    num_ranks: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def bundles(self) -> list[dict[str, float]]:
+        """One placement bundle per rank, in rank order; to be packed strictly onto one host."""
+        return [{RANK_RESOURCE: 1.0} for _ in range(self.num_ranks)]
+
+    def label_selectors(self) -> list[dict[str, str]]:
+        """What each bundle's host must carry, in rank order."""
+        return [dict(self.labels) for _ in range(self.num_ranks)]
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What one host offers: compute cores, rank slots in all and not yet taken, and its labels."""
+
+    address: str
+    cores: int
+    slots: int = 0
+    free_slots: int = 0
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """How many parameters a checkpoint holds, those of experts counted apart, and the dtype they were saved in."""
+
+    num_params: int
+    num_expert_params: int
+    dtype: str
+
+
+def asks(config: BatonConfig) -> list[NodeAsk]:
+    """The nodes of a cluster, prefill first; node and rank numbers count from 0."""
+    prefill = [NodeAsk("prefill", f"prefill-{i}", config.prefill.tp, config.ray.prefill_label) for i in range(config.prefill.nodes)]
+    num_ranks = config.decode.dp * config.decode.tp
+    decode = [NodeAsk("decode", f"decode-{i}", num_ranks, config.ray.decode_label) for i in range(config.decode.nodes)]
+    return [*prefill, *decode]
+
+
+def threads_per_rank(cores: int, num_ranks: int) -> int:
+    """Compute threads of one rank when `num_ranks` share the cores of a host."""
+    return max(1, cores // num_ranks)
+
+
+def rank_plans(config: BatonConfig, placed: Sequence[tuple[NodeAsk, Host]]) -> list[RankPlan]:
+    """Every rank's plan, once each node has a host. Order: nodes as given, then rank."""
+    ranks_on = Counter[str]()
+    for ask, host in placed:
+        ranks_on[host.address] += ask.num_ranks
+    return [
+        RankPlan(
+            config=config,
+            role=ask.role,
+            node=ask.node,
+            rank=rank,
+            threads=_asked_threads(config, ask.role) or threads_per_rank(host.cores, ranks_on[host.address]),
+            host=host.address,
+        )
+        for ask, host in placed
+        for rank in range(ask.num_ranks)
+    ]
+
+
+def explain_shortage(ask: NodeAsk, hosts: Sequence[Host]) -> str:
+    """Why `ask` finds no host, with the numbers, and what to do about it."""
+    wanted = f"{ask.node} needs {ask.num_ranks} {RANK_RESOURCE} on one host"
+    if ask.labels:
+        wanted += " with labels " + ", ".join(f"{key}={value}" for key, value in ask.labels.items())
+    fitting = [host for host in hosts if carries(host, ask.labels)]
+    if not hosts:
+        return f"{wanted}, and the Ray cluster has no live host"
+    if not fitting:
+        return f"{wanted}, and none of the {len(hosts)} hosts carries these labels; give them to `ray start --labels`"
+    offers = "; ".join(f"{host.address}: {host.free_slots} free of {host.slots}" for host in fitting)
+    if max(host.slots for host in fitting) < ask.num_ranks:
+        return (
+            f"{wanted} ({offers}); start Ray there with --resources='{{\"{RANK_RESOURCE}\": {ask.num_ranks}}}' or more, or lower tp or dp"
+        )
+    return f"{wanted} ({offers}); others hold them: add a host, or take another cluster down"
+
+
+def can_ever_fit(ask: NodeAsk, hosts: Sequence[Host]) -> bool:
+    """Whether some host could hold `ask` if nothing else ran there."""
+    return any(host.slots >= ask.num_ranks and carries(host, ask.labels) for host in hosts)
+
+
+def carries(host: Host, labels: Mapping[str, str]) -> bool:
+    """Whether a host has all these labels with these values."""
+    return all(host.labels.get(key) == value for key, value in labels.items())
+
+
+def weight_bytes_per_rank(config: BatonConfig, checkpoint: Checkpoint, role: Role) -> int:
+    """Upper estimate of one rank's weights: experts are cut over all ranks of a node, everything else over its tp ranks only."""
+    dtype = checkpoint.dtype if config.dtype == "auto" else config.dtype
+    tp = config.prefill.tp if role == "prefill" else config.decode.tp
+    num_ranks = tp if role == "prefill" else config.decode.dp * config.decode.tp
+    dense = checkpoint.num_params - checkpoint.num_expert_params
+    return DTYPE_BYTES.get(dtype, 4) * (-(-dense // tp) + -(-checkpoint.num_expert_params // num_ranks))
+
+
+def memory_needed(config: BatonConfig, checkpoint: Checkpoint) -> int:
+    """Bytes that a whole cluster on one host will hold: KV buffers, weights, and the processes themselves."""
+    ranks = sum(ask.num_ranks * (config.kv_memory + weight_bytes_per_rank(config, checkpoint, ask.role)) for ask in asks(config))
+    return ranks + config.num_ranks * RANK_PROCESS_BYTES + SERVICE_PROCESSES_BYTES
+
+
+def refuse_overcommit(config: BatonConfig, checkpoint: Checkpoint, available_bytes: int) -> None:
+    """Raise ConfigError, with the numbers, if one host cannot hold the whole cluster."""
+    need = memory_needed(config, checkpoint)
+    if need <= available_bytes:
+        return
+    weights = sum(ask.num_ranks * weight_bytes_per_rank(config, checkpoint, ask.role) for ask in asks(config))
+    raise ConfigError(
+        f"this host has {gib(available_bytes)} of memory available and the cluster needs {gib(need)}: "
+        f"{config.num_ranks} ranks x {gib(config.kv_memory)} KV cache, {gib(weights)} weights in all, "
+        f"{gib(config.num_ranks * RANK_PROCESS_BYTES + SERVICE_PROCESSES_BYTES)} for the processes; lower kv_memory, tp, dp or nodes"
+    )
+
+
+def gib(num_bytes: int) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _asked_threads(config: BatonConfig, role: Role) -> int:
+    return config.prefill.threads if role == "prefill" else config.decode.threads

@@ -1,0 +1,1 @@
+"""A decode node: pulls the KV blocks of prompts and generates tokens."""

@@ -1,0 +1,317 @@
+"""The source's door: the Transfer service of a prefill leader, over its lease table; layouts and exports as messages.
+
+Runs on the leader's loop and decides nothing: the table says what a lease is, this tells it what happened and carries announcements.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import grpc
+
+from baton import rpc
+from baton.config import PROTOCOL_VERSION
+from baton.deadline import Deadline
+from baton.errors import BatonError, Incompatible, InvalidRequest, LeaseLost, Unavailable
+from baton.v1 import node_pb2, transfer_pb2, transfer_pb2_grpc
+from baton.wire import error_to_message, finish_to_message, logprob_to_message
+from kv_transfer.layout import KVLayout
+from kv_transfer.lease import Announced, FinalToken, Lease, LeaseState, LeaseTable
+from kv_transfer.transport import Export
+
+Context = grpc.aio.ServicerContext[transfer_pb2.PullRequest, transfer_pb2.PullReply]
+
+
+class TransferService(transfer_pb2_grpc.TransferServicer):
+    """Leases of one prefill incarnation and the Pull streams that read them. One event loop owns it; nothing in it blocks.
+
+    For every number given to `open`, exactly one `on_ended(number, state)` comes, possibly from within the call that ended it: from
+    then on nobody reads the blocks. `on_opened(number)`: a decode pulls an opened lease. `on_closed(number)`: the current Pull went
+    away without release; the lease is held for another one until lease_s have passed.
+    drain_s: how long the peer of a fenced or ended lease may take to stop reading before its stream is closed for it.
+    """
+
+    def __init__(
+        self,
+        incarnation: bytes,
+        *,
+        on_ended: Callable[[int, LeaseState], None],
+        on_opened: Callable[[int], None],
+        on_closed: Callable[[int], None],
+        node: str = "",
+        lease_s: float = 60.0,
+        handshake_s: float = 5.0,
+        drain_s: float = 30.0,
+        max_leases: int = 4096,
+    ) -> None:
+        self._incarnation = incarnation
+        self._on_ended = on_ended
+        self._on_opened = on_opened
+        self._on_closed = on_closed
+        self._node = node
+        self._handshake_s = handshake_s
+        self._drain_s = drain_s
+        self._table = LeaseTable(lease_s=lease_s, handshake_s=handshake_s, max_leases=max_leases)
+        self._links: defaultdict[int, dict[int, _Link]] = defaultdict(dict)  # by number and attempt; each ends with its stream
+        self._timer: asyncio.TimerHandle | None = None
+        self._armed_s = math.inf
+
+    @property
+    def num_leases(self) -> int:
+        """Leases that have not settled."""
+        return len(self._table)
+
+    @property
+    def num_pulls(self) -> int:
+        """Open Pull streams."""
+        return sum(len(links) for links in self._links.values())
+
+    def open(self, number: int, deadline: Deadline) -> bool:
+        """The request has come (computing may start later); True if a Pull waits for it already. `deadline`: the request's.
+
+        Raises LeaseLost if the number was cancelled or used before, InvalidRequest if it is in use, ResourceExhausted if full.
+        """
+        self._table.open(number, time.monotonic(), deadline.at_s)
+        self._changed(number)
+        return bool(self._links.get(number))
+
+    def accept(self, number: int) -> None:
+        """A decode group has reserved room for the reader: the lease is not revocable any more."""
+        self._table.accept(number)
+
+    def announce(self, number: int, first_block: int, blocks: Sequence[tuple[int, int]], final: FinalToken | None = None) -> bool:
+        """More (block id, generation) pairs are readable on all ranks, the last with `final`; False if the lease has ended meanwhile."""
+        known = self._table.announce(number, first_block, blocks, time.monotonic(), final)
+        self._changed(number)
+        return known
+
+    def revoke(self, number: int) -> bool:
+        """Take the lease back if no decode counts on it (none accepted, none pulls)."""
+        revoked = self._table.revoke(number, time.monotonic())
+        self._changed(number)
+        return revoked
+
+    def revocable(self, number: int) -> bool:
+        """Whether `revoke` would."""
+        lease = self._table.get(number)
+        return lease is not None and lease.revocable
+
+    def fail(self, number: int, error: BatonError) -> None:
+        """The request ended here without blocks to read (error, cancel). Unknown numbers are remembered: who comes later is refused."""
+        self._table.fail(number, error, time.monotonic())
+        self._changed(number)
+
+    def close(self, error: BatonError | None = None) -> None:
+        """End all leases: the node goes down. Streams end with the server that carries them."""
+        for number in self._table.numbers():
+            self.fail(number, error or Unavailable("the prefill node is closing", stage="pull", node=self._node))
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def Pull(self, request_iterator: AsyncIterator[transfer_pb2.PullRequest], context: Context) -> None:
+        """See transfer.proto. Peers close their side only when their reads have ended: the end of the stream is an acknowledgement."""
+        opening = await self._opening(request_iterator)
+        if opening is None:
+            await rpc.abort(context, InvalidRequest("a Pull starts with open", stage="pull", node=self._node))
+        try:
+            link = self._link(opening)
+        except BatonError as error:
+            await context.write(self._error_reply(error))
+            return
+        listening = asyncio.create_task(self._listen(request_iterator, link))
+        try:
+            await self._serve(link, context)
+            await asyncio.wait({listening}, timeout=self._drain_s)
+        finally:
+            self._close_link(link)
+            listening.cancel()
+            await asyncio.wait({listening})
+
+    async def _opening(self, requests: AsyncIterator[transfer_pb2.PullRequest]) -> transfer_pb2.PullOpen | None:
+        try:
+            async with asyncio.timeout(self._handshake_s):
+                request = await anext(requests)
+        except (TimeoutError, StopAsyncIteration):
+            return None
+        return request.open if request.WhichOneof("request") == "open" else None
+
+    def _link(self, opening: transfer_pb2.PullOpen) -> _Link:
+        if opening.protocol_version != PROTOCOL_VERSION:
+            raise Incompatible(f"the puller speaks protocol {opening.protocol_version}, this node {PROTOCOL_VERSION}", stage="pull")
+        if opening.lease.prefill_incarnation != self._incarnation:
+            raise LeaseLost("the lease is of another incarnation of this node", stage="pull", cause="incarnation")
+        number = opening.lease.number
+        lease = self._table.pull(number, opening.attempt, time.monotonic())
+        link = self._links[number][opening.attempt] = _Link(number, opening.attempt, opening.have_blocks)
+        self._changed(number)  # also tells the fenced ones
+        if lease.opened:
+            self._on_opened(number)
+        return link
+
+    async def _serve(self, link: _Link, context: Context) -> None:
+        """Write what the link should know, until its peer has released, has left, or is told that the lease is over."""
+        await context.write(transfer_pb2.PullReply(queued=transfer_pb2.PullQueued()))
+        while True:
+            if link.released:
+                await context.write(transfer_pb2.PullReply(released=transfer_pb2.Released()))
+                return
+            error = link.error or self._verdict(link)
+            if error is not None:
+                await context.write(self._error_reply(error))
+                return
+            if link.left:
+                return
+            announced = link.news(self._table.get(link.number))
+            if announced is not None:
+                await context.write(transfer_pb2.PullReply(announcement=_announcement_message(announced)))
+                continue
+            await link.changed.wait()  # ended by the lease's own deadline at the latest
+            link.changed.clear()
+
+    async def _listen(self, requests: AsyncIterator[transfer_pb2.PullRequest], link: _Link) -> None:
+        try:
+            async for request in requests:
+                self._heard(link, request)
+        finally:
+            link.left = True
+            link.changed.set()
+
+    def _heard(self, link: _Link, request: transfer_pb2.PullRequest) -> None:
+        try:
+            if request.WhichOneof("request") != "release" or request.release.attempt != link.attempt:
+                raise InvalidRequest("after open, a Pull takes only the release of its own attempt", stage="pull")
+            self._table.release(link.number, link.attempt, time.monotonic())
+            link.released = True
+        except BatonError as error:
+            link.error = error
+        self._changed(link.number)
+
+    def _verdict(self, link: _Link) -> BatonError | None:
+        """Why the link has nothing to hope for any more, if so."""
+        lease = self._table.get(link.number)
+        if lease is None:
+            return LeaseLost(f"lease {link.number} is over", stage="pull")
+        if lease.attempt != link.attempt:
+            return LeaseLost(
+                f"attempt {link.attempt} on lease {link.number} is fenced by attempt {lease.attempt}", stage="pull", cause="fenced"
+            )
+        if lease.state.ended:
+            return lease.error or LeaseLost(f"lease {link.number} was {lease.state.value}", stage="pull", cause=lease.state.value)
+        return None
+
+    def _close_link(self, link: _Link) -> None:
+        links = self._links[link.number]
+        links.pop(link.attempt, None)
+        if not links:
+            del self._links[link.number]
+        lease = self._table.get(link.number)
+        self._table.close(link.number, link.attempt, time.monotonic())
+        self._changed(link.number)
+        if lease and lease.opened and not lease.state.ended and lease.attempt == link.attempt:
+            self._on_closed(link.number)
+
+    def _changed(self, number: int) -> None:
+        """Pass on what an event has brought about: to the links, to the node, to the clock."""
+        for link in self._links.get(number, {}).values():
+            link.changed.set()
+        for lease in self._table.take_settled():
+            if lease.opened:
+                self._on_ended(lease.number, lease.state)
+        changed = self._table.get(number)
+        if changed is not None and not changed.state.ended and changed.deadline_s < self._armed_s:
+            self._arm(changed.deadline_s)
+
+    def _arm(self, at_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._armed_s = at_s
+        delay_s = max(0.0, at_s - time.monotonic())
+        self._timer = None if at_s == math.inf else asyncio.get_running_loop().call_later(delay_s, self._expire)
+
+    def _expire(self) -> None:
+        for lease in self._table.expire(time.monotonic()):
+            self._changed(lease.number)
+        self._arm(self._table.next_deadline_s())
+
+    def _error_reply(self, error: BatonError) -> transfer_pb2.PullReply:
+        reply = transfer_pb2.PullReply(error=error_to_message(error))
+        reply.error.node = error.node or self._node
+        return reply
+
+
+class _Link:
+    """One Pull stream. Made by its open, ended by `TransferService.Pull`, whatever ends that."""
+
+    def __init__(self, number: int, attempt: int, have_blocks: int) -> None:
+        self.number = number
+        self.attempt = attempt
+        self.released = False
+        self.left = False  # the peer has closed its side: its reads have ended
+        self.error: BatonError | None = None
+        self.changed = asyncio.Event()
+        self._next_block = have_blocks
+        self._all_told = False
+
+    def news(self, lease: Lease | None) -> Announced | None:
+        """What the peer has not been told yet."""
+        if lease is None or self._all_told or not lease.opened:
+            return None
+        announced = lease.announced_from(self._next_block)
+        if not announced.block_ids and announced.final is None:
+            return None
+        self._next_block += len(announced.block_ids)
+        self._all_told = announced.final is not None
+        return announced
+
+
+def layout_message(layout: KVLayout) -> node_pb2.KVLayout:
+    """A layout for NodeHello; the inverse is kv_transfer.client.layout_of."""
+    return node_pb2.KVLayout(
+        axes=layout.axes,
+        num_blocks=layout.num_blocks,
+        block_size=layout.block_size,
+        layer_start=layout.layer_start,
+        num_layers=layout.num_layers,
+        num_parts=layout.num_parts,
+        head_start=layout.head_start,
+        num_heads=layout.num_heads,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+        model_num_layers=layout.model_num_layers,
+        model_num_kv_heads=layout.model_num_kv_heads,
+    )
+
+
+def export_message(export: Export) -> node_pb2.ExportHandle:
+    """An export for NodeHello; the inverse is kv_transfer.client.export_of."""
+    return node_pb2.ExportHandle(
+        rank=export.rank,
+        layout=layout_message(export.layout),
+        host_id=export.host_id,
+        shm_socket=export.shm_socket,
+        tcp_address=export.tcp_address,
+        nonce=export.nonce,
+        pool_bytes=export.pool_bytes,
+    )
+
+
+def _announcement_message(announced: Announced) -> transfer_pb2.Announcement:
+    return transfer_pb2.Announcement(
+        first_block=announced.first_block,
+        block_ids=announced.block_ids,
+        generations=announced.generations,
+        final=None if announced.final is None else _final_message(announced.final),
+    )
+
+
+def _final_message(final: FinalToken) -> transfer_pb2.FinalToken:
+    return transfer_pb2.FinalToken(
+        output_index=final.output_index,
+        token_id=final.token_id,
+        logprob=None if final.logprob is None else logprob_to_message(final.logprob),
+        finish_reason=finish_to_message(final.finish_reason),
+    )

@@ -1,0 +1,233 @@
+"""One rank's process: its server, its engine, its KV pool, its threads. Brings them up in order and takes them down again.
+
+Here (and in the nodes) engine and kv_transfer meet. Knows no requests; what a rank does with its steps is its node's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from baton.config import RankPlan
+from baton.engine.batch import Batch
+from baton.engine.kv_cache import AXES, KVCache, KVShape
+from baton.engine.parallel import Groups, Placement, Rendezvous
+from baton.engine.rank import Rank, set_threads
+from baton.engine.runner import Runner, StepOutcome
+from baton.engine.spec import ModelSpec, fingerprint, load_spec
+from baton.errors import ConfigError
+from baton.request import BlockCounts
+from baton.rpc import Health, bind, make_server
+from kv_transfer.layout import KVLayout
+from kv_transfer.pool import Pool
+from kv_transfer.transport import Export
+from ranks.facts import GroupHello, LoadProgress, RankAddress, RankCounts
+from ranks.service import Peer, wake_all
+from ranks.session import GroupLoad
+
+INCARNATION_BYTES = 16
+STOP_S = 5.0
+Result = TypeVar("Result")
+
+
+class RankHost:
+    """Owner of everything a rank process holds; `close` ends it all, in the reverse order, also after half a start."""
+
+    def __init__(self, plan: RankPlan) -> None:
+        self.plan = plan
+        self.server = make_server()
+        self.incarnation = secrets.token_bytes(INCARNATION_BYTES)
+        self.progress = LoadProgress("waiting")
+        self.services: list[str] = []
+        self.peers: tuple[Peer, ...] = ()
+        self.num_blocks = 0
+        self.max_model_len = 0
+        self._closing = contextlib.AsyncExitStack()
+        self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="step")
+
+    async def prepare(self) -> RankAddress:
+        """Bind the rank's control port and find a free one for the collectives' store."""
+        port = bind(self.server, self.plan.host, 0)
+        self.address = RankAddress(
+            node=self.plan.node,
+            rank=self.plan.rank,
+            pid=os.getpid(),
+            host=self.plan.host,
+            control=f"{self.plan.host}:{port}",
+            rendezvous_port=await self._on_step_thread(self._open_rendezvous),
+        )
+        return self.address
+
+    def _open_rendezvous(self) -> int:
+        """Leaders may be the first of their domain; the port, or 0 where nobody needs one."""
+        if self.plan.num_ranks == 1 or self.plan.tp_rank:
+            return 0
+        rendezvous = Rendezvous(self.plan.host, self.plan.config.collective_timeout_s)
+        self._closing.callback(rendezvous.close)
+        return rendezvous.port
+
+    async def load(self, addresses: Sequence[RankAddress]) -> None:
+        """Connect to the node's other ranks, read the weights, make the KV pool, run once. addresses: the whole node's, by rank."""
+        self.addresses = tuple(sorted(addresses, key=lambda address: address.rank))
+        self.spec, self.fingerprint = await self._on_step_thread(self._read_spec)
+        self.placement = self._place()
+        self.domain = [address for address in self.addresses if self._steps_with_me(address.rank)]
+        self.peers = tuple(Peer(a.node, a.rank, a.control) for a in self.addresses if a.rank != self.plan.rank)
+        for peer in self.peers:
+            self._closing.push_async_callback(peer.close)
+        config = self.plan.config
+        self.shape = KVShape.of(self.spec, self.placement, config.block_size)
+        self.num_blocks, self.max_model_len = self._capacity()
+        self.layout = self._describe_layout()
+        self.pool = Pool(
+            self.num_blocks,
+            self.shape.block_bytes,
+            incarnation=self.incarnation,
+            shared=config.transfer.transport != "tcp" and self.plan.role == "prefill",
+        )
+        self._closing.callback(self.pool.close)
+        await self._on_step_thread(self._load_engine)
+        self.progress = LoadProgress("ready")
+
+    def _read_spec(self) -> tuple[ModelSpec, str]:
+        set_threads(self.plan.threads)
+        config = self.plan.config
+        return load_spec(config.model, config.dtype), fingerprint(config.model)
+
+    def _place(self) -> Placement:
+        coupled = self.plan.role == "decode" and self.spec.moe is not None
+        return Placement.of(self.plan.rank, self.plan.tp_size, self.plan.dp_size, coupled)
+
+    def _steps_with_me(self, rank: int) -> bool:
+        return self.placement.coupled or rank // self.plan.tp_size == self.plan.group
+
+    def _capacity(self) -> tuple[int, int]:
+        """(blocks, longest sequence): what the KV memory holds and what the model can do. Raises ConfigError with the numbers."""
+        config, slots = self.plan.config, self.plan.config.block_size
+        num_blocks = self.shape.num_blocks(config.kv_memory)
+        fits = num_blocks * slots
+        longest = config.max_model_len or min(self.spec.max_position_embeddings, fits)
+        if longest > fits or num_blocks < 2:
+            need = -(-max(longest, 2 * slots) // slots) * self.shape.block_bytes
+            raise ConfigError(
+                f"kv_memory {config.kv_memory} bytes holds {num_blocks} blocks of {slots} tokens on {self.plan.node}, "
+                f"too few for one sequence of {longest} tokens; set kv_memory to at least {need} or lower max_model_len"
+            )
+        if longest > self.spec.max_position_embeddings:
+            raise ConfigError(f"max_model_len {longest} is beyond the model's {self.spec.max_position_embeddings} positions")
+        return num_blocks, longest
+
+    def _describe_layout(self) -> KVLayout:
+        shape = self.shape
+        return KVLayout(
+            axes=AXES,
+            num_blocks=self.num_blocks,
+            block_size=shape.block_size,
+            layer_start=0,
+            num_layers=shape.num_layers,
+            num_parts=shape.num_parts,
+            head_start=shape.head_start,
+            num_heads=shape.num_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+            model_num_layers=self.spec.num_layers,
+            model_num_kv_heads=self.spec.kv_heads,
+        )
+
+    def _load_engine(self) -> None:
+        config = self.plan.config
+        self.progress = LoadProgress("connecting")
+        first = self.domain[0]
+        groups = Groups.connect(
+            self.placement,
+            first.host,
+            first.rendezvous_port,
+            config.collective_timeout_s,
+            bind=self.plan.host,
+            device=config.device,
+        )
+        self._closing.callback(groups.close)
+        cache = KVCache(self.shape, self.num_blocks, self.pool.data, self.pool.generations)
+        rank = Rank(self.spec, self.placement, groups, config.model, cache)
+        rank.load(lambda done, total: self._note(LoadProgress("loading weights", done, total)))
+        self.runner = Runner(rank, groups)
+        self._note(LoadProgress("warming up"))
+        self.runner.warm_up()
+
+    def _note(self, progress: LoadProgress) -> None:
+        self.progress = progress
+
+    async def start(self) -> None:
+        """Serve what has been added to the server, with health and reflection."""
+        health = Health(self.server, self.services)
+        await self.server.start()
+        self._closing.push_async_callback(self.server.stop, STOP_S / 2)
+        await health.set_serving(True)
+
+    async def step(self, batch: Batch | None) -> StepOutcome:
+        """One step together with the domain, on the step thread."""
+        return await self._on_step_thread(lambda: self.runner.step(batch))
+
+    async def wake_others(self, epoch: int) -> None:
+        """Call the other ranks of the domain to step `epoch`."""
+        wanted = {address.rank for address in self.domain}
+        await wake_all([peer for peer in self.peers if peer.rank in wanted], epoch)
+
+    @property
+    def followers(self) -> tuple[Peer, ...]:
+        """The other ranks of this rank's tensor-parallel group."""
+        return tuple(peer for peer in self.peers if peer.rank // self.plan.tp_size == self.plan.group)
+
+    def hello(self, transfer_address: str = "", exports: tuple[Export, ...] = ()) -> GroupHello:
+        """Who this rank's group is."""
+        return GroupHello(
+            node=self.plan.node,
+            group=self.plan.group,
+            incarnation=self.incarnation,
+            model_fingerprint=self.fingerprint,
+            dtype=self.spec.dtype,
+            max_model_len=self.max_model_len,
+            layout=self.layout,
+            ranks=tuple(address for address in self.addresses if address.rank // self.plan.tp_size == self.plan.group),
+            transfer_address=transfer_address,
+            exports=exports,
+        )
+
+    def counts(self, steps: int, asleep: bool, load: GroupLoad | None = None, sequences: int = 0) -> RankCounts:
+        """What this rank holds. A follower has no load: its leader accounts for the group's blocks."""
+        blocks = load.blocks if load else BlockCounts(0, 0, 0, 0, 0)
+        return RankCounts(
+            node=self.plan.node,
+            rank=self.plan.rank,
+            pid=os.getpid(),
+            leader=self.plan.tp_rank == 0,
+            total=blocks.total,
+            free=blocks.free,
+            cached=blocks.cached,
+            held=blocks.held,
+            quarantined=blocks.quarantined,
+            open_leases=load.open_leases if load else 0,
+            open_pulls=load.open_pulls if load else 0,
+            sequences=sequences,
+            steps=steps,
+            asleep=asleep,
+            cpu_seconds=time.process_time(),
+        )
+
+    async def close(self) -> None:
+        """End everything; a step under way is waited for (its collectives have a timeout)."""
+        self._step_thread.shutdown(wait=False, cancel_futures=True)
+        await self._closing.aclose()
+
+    def on_close(self, callback: Callable[[], object]) -> None:
+        """Have something ended with the rank, before what was there earlier."""
+        self._closing.callback(callback)
+
+    async def _on_step_thread(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._step_thread, work)

@@ -1,0 +1,89 @@
+"""The life of a rank's process, the same for both roles: prepare, load, start, step until stopped.
+
+A role adds what it serves; see prefill_node/node.py and decode_node/node.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from baton.errors import BatonError, InternalError
+from ranks.drive import Drive
+from ranks.facts import LoadProgress, RankAddress, RankCounts
+from ranks.host import RankHost
+
+log = logging.getLogger(__name__)
+
+
+class Role(Protocol):
+    """What a node's role brings to a rank. Made after the engine has loaded, closed before it goes."""
+
+    @property
+    def drive(self) -> Drive:
+        """What steps this rank."""
+
+    async def open(self) -> None:
+        """Get ready to serve; all ranks of the node are up."""
+
+    def counts(self) -> RankCounts:
+        """What the rank holds."""
+
+    async def close(self, error: BatonError | None) -> None:
+        """End all sequences, with `error` if the rank has failed."""
+
+
+class RankLife:
+    """Brings one rank up and down. State owner: the rank's event loop."""
+
+    def __init__(self, host: RankHost) -> None:
+        self.host = host
+        self.role: Role | None = None
+        self.failed = asyncio.Event()
+        self._stepping: asyncio.Task[None] | None = None
+
+    async def load(self, addresses: Sequence[RankAddress]) -> None:
+        """Join the node and load."""
+        await self.host.load(addresses)
+
+    async def start(self, role: Role) -> None:
+        """Serve and step."""
+        self.role = role
+        await self.host.start()
+        await role.open()
+        self._stepping = asyncio.create_task(self._step_until_closed(role))
+
+    def progress(self) -> LoadProgress:
+        """How far `load` is."""
+        return self.host.progress
+
+    def counts(self) -> RankCounts:
+        """What the rank holds."""
+        return self.role.counts() if self.role else self.host.counts(0, True)
+
+    async def stop(self) -> None:
+        """End everything; a step under way ends by itself or with its collectives' timeout."""
+        if self.role and self._stepping:
+            self.role.drive.close()
+            await self.role.close(None)
+            await asyncio.wait([self._stepping], timeout=self.host.plan.config.collective_timeout_s)
+        await self.host.close()
+
+    async def _step_until_closed(self, role: Role) -> None:
+        """A step that fails ends the rank: its group is unusable and the node must be rebuilt as a unit."""
+        try:
+            await role.drive.run()
+        except BatonError as error:
+            log.error("%s/%d has failed: %s", self.host.plan.node, self.host.plan.rank, error.message)
+            await self._fail(role, error)
+        except Exception as error:  # the edge of this process: its sequences must end, whatever the bug
+            log.exception("%s/%d has failed", self.host.plan.node, self.host.plan.rank)
+            await self._fail(role, InternalError(f"step failed: {error!r}", node=self.host.plan.node))
+
+    async def _fail(self, role: Role, error: BatonError) -> None:
+        """Tell routers, then let go of everything; whoever watches `failed` ends the process."""
+        await role.close(error)
+        await self.host.close()
+        self.failed.set()

@@ -1,0 +1,89 @@
+"""Which pair of groups gets a request. Pure: knows what the groups last said about themselves, sends nothing.
+
+Least loaded: prefill by tokens still to be computed, decode by whether the prompt finds room, then by sequences per group.
+Ties go to the smaller name, so equal views give equal choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """What the router knows about a group. name: unique, "prefill-0" or "decode-0/1".
+
+    Figures are the group's last word; sent_sequences and sent_tokens are what this router sent there that the figures
+    cannot include yet. usable_blocks: free or cached, each of block_size tokens; 0 blocks of 0 tokens where unknown.
+    """
+
+    name: str
+    role: Literal["prefill", "decode"]
+    ready: bool = True
+    draining: bool = False
+    waiting_sequences: int = 0
+    running_sequences: int = 0
+    waiting_tokens: int = 0
+    usable_blocks: int = 0
+    block_size: int = 0
+    sent_sequences: int = 0
+    sent_tokens: int = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether new work may be sent."""
+        return self.ready and not self.draining
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences there or on the way."""
+        return self.waiting_sequences + self.running_sequences + self.sent_sequences
+
+    def room_for(self, num_tokens: int) -> bool:
+        """Whether `num_tokens` more fit, as far as this router can tell."""
+        return num_tokens + self.sent_tokens <= self.usable_blocks * self.block_size
+
+
+def choose(
+    groups: Sequence[GroupView],
+    proven: Collection[tuple[str, str]],
+    prompt_len: int,
+    *,
+    avoid: Collection[str] = (),
+    prefill: str | None = None,
+) -> tuple[str, str] | None:
+    """The (prefill, decode) names for a prompt of `prompt_len` tokens, out of the proven pairs; None if no pair is open.
+
+    avoid: groups that failed this request before, used only if there is nothing else. prefill: only decode is still to be
+    chosen, since the blocks are there already; whether that group takes new work does not matter then.
+    """
+    views = {view.name: view for view in groups}
+    pairs = [
+        (views[source], views[target])
+        for source, target in proven
+        if source in views and target in views and views[target].open and (source == prefill if prefill else views[source].open)
+    ]
+    best = min(pairs, key=lambda pair: _cost(pair[0], pair[1], prompt_len, avoid), default=None)
+    return (best[0].name, best[1].name) if best else None
+
+
+def choose_prefill(groups: Iterable[GroupView], *, avoid: Collection[str] = ()) -> str | None:
+    """The prefill group for a request that no decode group needs to see; None if none is open."""
+    ready = [view for view in groups if view.role == "prefill" and view.open]
+    best = min(ready, key=lambda view: (view.name in avoid, *_prefill_cost(view)), default=None)
+    return best.name if best else None
+
+
+def _cost(prefill: GroupView, decode: GroupView, prompt_len: int, avoid: Collection[str]) -> tuple[object, ...]:
+    failed = (prefill.name in avoid) + (decode.name in avoid)
+    return (failed, not decode.room_for(prompt_len), *_prefill_cost(prefill), *_decode_cost(decode))
+
+
+def _prefill_cost(view: GroupView) -> tuple[int, int, str]:
+    return (view.waiting_tokens + view.sent_tokens, view.num_sequences, view.name)
+
+
+def _decode_cost(view: GroupView) -> tuple[int, int, str]:
+    return (view.num_sequences, -view.usable_blocks, view.name)

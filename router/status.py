@@ -1,0 +1,43 @@
+"""The registry as operators see it, in JSON: for /health?verbose, `baton status` and tests. Only reads."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from router.registry import Group, Pair, Registry
+
+
+def status_of(registry: Registry) -> dict[str, object]:
+    """All groups and pairs: {"groups": [...], "pairs": [...], "summary": text}."""
+    return {
+        "groups": [_group(group) for group in registry.groups()],
+        "pairs": [_pair(pair) for pair in registry.pairs()],
+        "summary": registry.summary(),
+    }
+
+
+def _group(group: Group) -> dict[str, object]:
+    return {
+        "name": group.name,
+        "node": group.node,
+        "group": group.number,
+        "role": group.role.value,
+        "state": group.state.value,
+        "address": group.address,
+        "incarnation": group.incarnation.hex(),
+        "ranks": [asdict(rank) for rank in group.hello.ranks] if group.hello else [],
+        "max_model_len": group.hello.max_model_len if group.hello else None,
+        "load": asdict(group.load),
+        "pulls": asdict(group.pulls),
+    }
+
+
+def _pair(pair: Pair) -> dict[str, object]:
+    return {
+        "prefill": pair.prefill.name,
+        "decode": pair.decode.name,
+        "proven": pair.proven,
+        "usable": pair.usable,
+        "refusal": pair.refusal,
+        "last_error": pair.last_error,
+    }

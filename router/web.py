@@ -1,0 +1,240 @@
+"""The HTTP front: OpenAI's and SGLang's interfaces, health and metrics, over whatever generates.
+
+Knows HTTP, keys and limits of a body. Knows no nodes: the router behind it is the `Generates` protocol.
+Every route answers errors in OpenAI's JSON form, with the status of the error (baton/errors.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import math
+import re
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from baton.errors import BatonError, InternalError, InvalidRequest, NotFound, TooLarge, Unauthenticated
+from baton.request import Chunk, GenerateRequest, Prompt
+from baton.telemetry import CONTENT_TYPE
+from baton.tokenizer import Tokenizer
+from router.schema import ChatBody, CompletionBody, Limits, ModelCard, parse
+from router.schema_native import NativeBody
+from router.web_answers import Answer, Frame, Json, error_json, to_json
+from router.web_middleware import RequestIds, known_request_id
+from router.web_native import NativeAnswer
+from router.web_openai import ChatAnswer, CompletionAnswer, needs_prompt_ids
+from router.web_server import WebServer, serve
+from router.web_stream import EventStream, Numbered, alone, event_bytes, gathered, merged, unless_disconnected
+
+__all__ = ["Generates", "HttpFront", "WebServer", "create_app", "serve"]
+
+
+class Generates(Protocol):
+    """What the front needs of a router. An error of baton/errors.py may come before the first chunk or in place of any."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        """The answer: each choice's last chunk has finish_reason, the last of all has usage. aclose cancels the request everywhere."""
+
+    def ready(self) -> bool:
+        """Whether at least one pair of nodes is proven."""
+
+    def status(self) -> dict[str, object]:
+        """Nodes and pairs, as JSON can carry them."""
+
+    def metrics(self) -> bytes:
+        """Prometheus' text format."""
+
+    def model_card(self) -> ModelCard:
+        """What is served."""
+
+
+class HttpFront:
+    """The routes. Holds no state but its settings: what a request needs lives in the task that answers it."""
+
+    def __init__(
+        self, router: Generates, model_name: str, api_keys: Sequence[str], max_body_bytes: int, limits: Limits, slow_client_s: float
+    ) -> None:
+        self._router = router
+        self._model_name = model_name
+        self._api_keys = [key.encode() for key in api_keys]
+        self._max_body_bytes = max_body_bytes
+        self._limits = limits
+        self._slow_client_s = slow_client_s
+
+    async def authenticate(self, request: Request) -> None:
+        """Refuse a request without one of the keys, if there are any. Compares all of them, each in constant time."""
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._api_keys]
+        if self._api_keys and not (scheme.lower() == "bearer" and any(matches)):
+            raise Unauthenticated("a key is needed: send the header `Authorization: Bearer KEY` with one of this server's keys")
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        body = parse(CompletionBody, await self._body(request))
+        requests = body.requests(*self._identity(request), self._limits)
+        frame = await self._frame(f"cmpl-{known_request_id(request.scope)}", body.model, requests, needs_prompt_ids(body))
+        return await self._respond(request, requests, CompletionAnswer(frame, body), body.stream)
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        body = parse(ChatBody, await self._body(request))
+        requests = body.requests(*self._identity(request), self._limits)
+        frame = await self._frame(f"chatcmpl-{known_request_id(request.scope)}", body.model, requests, needs_prompt_ids(body))
+        return await self._respond(request, requests, ChatAnswer(frame, body), body.stream)
+
+    async def native(self, request: Request) -> Response:
+        """POST /generate."""
+        body = parse(NativeBody, await self._body(request))
+        requests = body.requests(*self._identity(request), self._limits)
+        frame = await self._frame(body.rid or known_request_id(request.scope), "", requests, body.stream)
+        return await self._respond(request, requests, NativeAnswer(frame, body), body.stream)
+
+    async def models(self) -> Response:
+        """GET /v1/models."""
+        return json_response({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{name}."""
+        self._check_model(request.path_params["name"])
+        return json_response(self._card())
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: 200 once a request can be served. With ?verbose also nodes and pairs."""
+        ready = self._router.ready()
+        content: Json = {} if ready else {"status": "not ready", "reason": "no pair of a prefill node and a decode group is proven yet"}
+        if "verbose" in request.query_params:
+            content = {"status": "ready"} | content | self._router.status()
+        return json_response(content, 200 if ready else 503)
+
+    async def metrics(self) -> Response:
+        """GET /metrics."""
+        return Response(self._router.metrics(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _respond(self, request: Request, requests: Sequence[GenerateRequest], answer: Answer, stream: bool) -> Response:
+        chunks = self._chunks(requests)
+        if stream:
+            return EventStream(event_bytes(chunks, answer), self._slow_client_s)
+        await unless_disconnected(request.receive, gathered(chunks, answer))
+        return json_response(answer.whole())
+
+    def _chunks(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[Numbered, None]:
+        sources = [self._router.generate(request) for request in requests]
+        return alone(sources[0]) if len(sources) == 1 else merged(sources)
+
+    async def _body(self, request: Request) -> bytes:
+        """The whole body; TooLarge as soon as it is known to be over the limit."""
+        declared = request.headers.get("content-length", "0")
+        self._check_length(int(declared) if declared.isdecimal() else 0)
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            self._check_length(len(body))
+        return bytes(body)
+
+    def _check_length(self, length: int) -> None:
+        if length > self._max_body_bytes:
+            raise TooLarge(f"the body must be at most {self._max_body_bytes} bytes (given: {length} or more)")
+
+    def _identity(self, request: Request) -> tuple[str, float | None]:
+        """The request's id and the client's deadline in seconds."""
+        if "x-request-id" in request.headers and request.headers["x-request-id"] != known_request_id(request.scope):
+            raise InvalidRequest("X-Request-Id must be 1 to 128 visible ASCII characters")
+        return known_request_id(request.scope), _timeout_s(request.headers.get("x-request-timeout-s"))
+
+    async def _frame(self, answer_id: str, model: str, requests: Sequence[GenerateRequest], with_ids: bool) -> Frame:
+        self._check_model(model or self._model_name)
+        ids = [await asyncio.to_thread(_prompt_ids, self._router.tokenizer, r.prompt) for r in requests] if with_ids else []
+        return Frame(answer_id, int(time.time()), self._model_name, self._router.tokenizer, ids)
+
+    def _check_model(self, name: str) -> None:
+        if name != self._model_name:
+            raise NotFound(f"the model {name!r} is not served here; {self._model_name!r} is", cause="model_not_found")
+
+    def _card(self) -> Json:
+        card = self._router.model_card()
+        return {"id": card.name, "object": "model", "created": card.created, "owned_by": "baton", "max_model_len": card.max_model_len}
+
+
+def create_app(
+    router: Generates,
+    *,
+    model_name: str,
+    api_keys: Sequence[str] = (),
+    max_body_bytes: int = 8 * 2**20,
+    max_n: int = 128,
+    slow_client_s: float = 60.0,
+) -> FastAPI:
+    """The ASGI application. With api_keys, every route but /health and /metrics asks for one."""
+    front = HttpFront(router, model_name, api_keys, max_body_bytes, Limits(max_n=max_n), slow_client_s)
+    app = FastAPI(openapi_url=None)
+    guarded = APIRouter(dependencies=[Depends(front.authenticate)])
+    guarded.add_api_route("/v1/completions", front.completions, methods=["POST"])
+    guarded.add_api_route("/v1/chat/completions", front.chat, methods=["POST"])
+    guarded.add_api_route("/generate", front.native, methods=["POST"])
+    guarded.add_api_route("/v1/models", front.models, methods=["GET"])
+    guarded.add_api_route("/v1/models/{name:path}", front.model, methods=["GET"])
+    app.include_router(guarded)
+    app.add_api_route("/health", front.health, methods=["GET"])
+    app.add_api_route("/metrics", front.metrics, methods=["GET"])
+    app.add_exception_handler(BatonError, _on_baton_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
+    app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(RequestIds)
+    return app
+
+
+def json_response(content: Json | list[Json], status: int = 200) -> Response:
+    """JSON as this front writes it."""
+    return Response(to_json(content), status, media_type="application/json")
+
+
+async def _on_baton_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, BatonError)
+    response = json_response(error_json(error), error.http_status)
+    if error.http_status == 429 or error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
+    if error.http_status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    known = NotFound if error.status_code == 404 else InvalidRequest
+    content = error_json(known(f"{request.method} {request.url.path}: {error.detail}"))
+    return Response(to_json(content), error.status_code, headers=error.headers, media_type="application/json")
+
+
+async def _on_disconnect(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; it ends the exchange in the server's books
+
+
+async def _on_bug(_: Request, __: Exception) -> Response:
+    return json_response(error_json(InternalError("a bug in the router; its log has the details")), 500)  # the server logs it
+
+
+def _timeout_s(header: str | None) -> float | None:
+    if header is None:
+        return None
+    if not re.fullmatch(r"\d{1,9}(\.\d*)?|\.\d+", header.strip()) or float(header) <= 0:
+        raise InvalidRequest(f"X-Request-Timeout-S must be a number of seconds over 0 (given: {header!r})")
+    return float(header)
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
+    if prompt.token_ids is not None:
+        return prompt.token_ids
+    if prompt.messages is not None:
+        return tokenizer.render_chat(prompt.messages, prompt.add_generation_prompt)
+    return tokenizer.encode(prompt.text or "")

@@ -1,0 +1,136 @@
+"""What the three answer formats share: collecting the chunks of a choice, counting usage, errors and events as JSON.
+
+Pure. Knows chunks and JSON; knows no HTTP and no particular format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any, Protocol
+
+from baton.errors import BatonError
+from baton.request import Chunk, FinishReason, TokenLogprob, Usage
+from baton.tokenizer import Tokenizer
+
+Json = dict[str, Any]
+LEAST_LOGPROB = -9999.0
+DONE = b"data: [DONE]\n\n"
+
+
+class Answer(Protocol):
+    """One HTTP request's answer in the making. prompt is the number of the prompt a chunk belongs to."""
+
+    def take(self, prompt: int, chunk: Chunk) -> None:
+        """Remember a chunk of an answer that is sent as a whole."""
+
+    def whole(self) -> Json | list[Json]:
+        """The body, after the last chunk."""
+
+    def events(self, prompt: int, chunk: Chunk) -> Iterator[Json]:
+        """Take a chunk of a stream, and say what to send for it: at least one event."""
+
+    def closing(self) -> Iterator[Json]:
+        """What to send after the last chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What all parts of one answer repeat. created: Unix seconds. prompt_ids: by prompt; empty unless the client needs them."""
+
+    id: str
+    created: int
+    model: str
+    tokenizer: Tokenizer
+    prompt_ids: Sequence[tuple[int, ...]] = ()
+
+
+@dataclass(slots=True)
+class Collected:
+    """One choice so far. Owner: the answer it is part of."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stopped_by: int | str | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        """Go on with a delta, or start again with a chunk that is the whole answer."""
+        if not chunk.is_delta:
+            self.text, self.token_ids, self.logprobs = "", [], []
+        self.text += chunk.text
+        self.token_ids += chunk.token_ids
+        self.logprobs += chunk.logprobs
+        if chunk.finish_reason is not None:
+            self.finish_reason, self.stopped_by = chunk.finish_reason, chunk.stopped_by
+
+
+class Collection:
+    """All choices of all prompts of one HTTP request. Owner: the task that answers it."""
+
+    def __init__(self, num_prompts: int, n: int, prompt_ids: Sequence[tuple[int, ...]]) -> None:
+        self.choices = [Collected() for _ in range(num_prompts * n)]
+        self._n = n
+        self._usages: dict[int, Usage] = {}
+        self._prompt_tokens = sum(len(ids) for ids in prompt_ids)
+
+    def add(self, prompt: int, chunk: Chunk) -> int:
+        """Add a chunk; the index of its choice among all."""
+        index = prompt * self._n + chunk.choice
+        self.choices[index].add(chunk)
+        if chunk.usage is not None:
+            self._usages[prompt] = chunk.usage
+        return index
+
+    def usage(self) -> Usage:
+        """Over all prompts, after the last chunk."""
+        return reduce(Usage.plus, self._usages.values(), Usage())
+
+    def usage_so_far(self) -> Usage:
+        """Counted from the tokens that came; prompt tokens only if the prompts' ids are known."""
+        return Usage(self._prompt_tokens, sum(len(choice.token_ids) for choice in self.choices))
+
+
+def usage_json(usage: Usage) -> Json:
+    """OpenAI's usage object."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def finite(logprob: float) -> float:
+    """A logprob that JSON can carry."""
+    return max(logprob, LEAST_LOGPROB)
+
+
+def event(content: Json) -> bytes:
+    """One server-sent event."""
+    return b"data: " + to_json(content) + b"\n\n"
+
+
+def to_json(content: Json | list[Json]) -> bytes:
+    """Compact UTF-8 JSON; NaN and infinity would be a bug."""
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
+
+
+def error_json(error: BatonError) -> Json:
+    """OpenAI's error object, with what Baton knows beside it: stage, node and whether a retry makes sense."""
+    content: Json = {"message": error.message, "type": _error_type(error.http_status), "param": None, "code": error.cause}
+    known = {"stage": error.stage, "node": error.node}
+    return {"error": content | {name: value for name, value in known.items() if value} | {"retryable": error.retryable}}
+
+
+def _error_type(status: int) -> str:
+    if status == 429:
+        return "rate_limit_error"
+    if status == 401:
+        return "authentication_error"
+    if status == 404:
+        return "not_found_error"
+    return "invalid_request_error" if status < 500 else "server_error"

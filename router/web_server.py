@@ -1,0 +1,95 @@
+"""Running the HTTP front on a socket, inside an event loop that belongs to someone else. Knows uvicorn and sockets, no routes."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from baton.errors import ConfigError
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 75
+GRACE_S = 5
+# On Linux a peer that acknowledges nothing, or keeps its window shut, for this long is gone; sooner than a client's own patience.
+USER_TIMEOUT_MS = 120_000
+
+
+class WebServer(uvicorn.Server):
+    """uvicorn without signal handling. Owner: whoever called `serve`; it must call `stop`, which ends all connections."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._started = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the process."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        self._started.set()
+
+    async def run_on(self, listener: socket.socket) -> None:
+        """Serve on a bound socket; returns once requests are accepted, raises what keeps them from being."""
+        self._running = asyncio.create_task(self.serve([listener]))
+        started = asyncio.create_task(self._started.wait())
+        await asyncio.wait({self._running, started}, return_when=asyncio.FIRST_COMPLETED)
+        started.cancel()
+        if self._running.done():
+            self._running.result()
+            raise ConfigError("the HTTP server ended as soon as it had started")
+
+    async def stop(self) -> None:
+        """Accept nothing more, give running exchanges their grace, then cancel them."""
+        self.should_exit = True
+        if self._running is not None:
+            await self._running
+
+
+async def serve(app: FastAPI, host: str, port: int, grace_s: int = GRACE_S) -> tuple[WebServer, int]:
+    """Serve `app` on host:port (0: any free port) in the running loop; the server and its port. ConfigError if it cannot listen there.
+
+    grace_s: what running exchanges get when the server is stopped, before they are cancelled.
+    """
+    listener = _listen(host, port)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=grace_s,
+        backlog=BACKLOG,
+    )
+    server = WebServer(config)
+    await server.run_on(listener)
+    return server, int(listener.getsockname()[1])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind)
+    except OSError as error:
+        raise ConfigError(f"cannot listen for HTTP on {host}: {error.strerror}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if sys.platform == "linux":
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen for HTTP on {host} port {port}: {error.strerror}") from error
+    return listener

@@ -1,0 +1,138 @@
+"""Placement, threads and memory are decided rightly for every shape."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.config import BatonConfig
+from baton.errors import ConfigError
+from cluster.plan import (
+    RANK_RESOURCE,
+    Checkpoint,
+    Host,
+    asks,
+    can_ever_fit,
+    explain_shortage,
+    memory_needed,
+    rank_plans,
+    refuse_overcommit,
+    threads_per_rank,
+    weight_bytes_per_rank,
+)
+
+small = st.integers(1, 4)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> BatonConfig:
+    return BatonConfig.model_validate(
+        {
+            "model": "m",
+            "dtype": draw(st.sampled_from(["auto", "float32", "bfloat16"])),
+            "kv_memory": draw(st.integers(1, 2**34)),
+            "prefill": {"nodes": draw(small), "tp": draw(small), "threads": draw(st.integers(0, 3))},
+            "decode": {"nodes": draw(small), "dp": draw(small), "tp": draw(small), "threads": draw(st.integers(0, 3))},
+        }
+    )
+
+
+@st.composite
+def checkpoints(draw: st.DrawFn) -> Checkpoint:
+    total = draw(st.integers(0, 10**12))
+    return Checkpoint(total, draw(st.integers(0, total)), draw(st.sampled_from(["float32", "bfloat16", "int8"])))
+
+
+hosts = st.builds(
+    Host,
+    address=st.sampled_from(["10.0.0.1", "10.0.0.2", "10.0.0.3"]),
+    cores=st.integers(1, 64),
+    slots=st.integers(0, 16),
+    free_slots=st.integers(0, 16),
+    labels=st.dictionaries(st.sampled_from(["role", "zone"]), st.sampled_from(["a", "b"])),
+)
+
+
+@given(configs())
+def test_asks_cover_all_ranks_once(config: BatonConfig) -> None:
+    wanted = asks(config)
+    assert sum(ask.num_ranks for ask in wanted) == config.num_ranks
+    assert len({ask.node for ask in wanted}) == len(wanted) == config.prefill.nodes + config.decode.nodes
+    for ask in wanted:
+        assert ask.bundles() == [{RANK_RESOURCE: 1.0}] * ask.num_ranks
+        assert len(ask.label_selectors()) == ask.num_ranks
+
+
+@given(configs(), st.data())
+def test_every_rank_has_one_plan_on_its_nodes_host(config: BatonConfig, data: st.DataObject) -> None:
+    placed = [(ask, data.draw(hosts)) for ask in asks(config)]
+    plans = rank_plans(config, placed)
+    assert len(plans) == config.num_ranks
+    assert len({(plan.node, plan.rank) for plan in plans}) == len(plans)
+    host_of = {ask.node: host for ask, host in placed}
+    for plan in plans:
+        assert plan.host == host_of[plan.node].address
+        assert plan.threads >= 1
+        assert plan.rank < plan.num_ranks
+        assert plan.num_ranks == next(ask.num_ranks for ask, _ in placed if ask.node == plan.node)
+
+
+@given(configs(), st.integers(1, 256))
+def test_threads_asked_for_are_given_and_others_share_the_cores(config: BatonConfig, cores: int) -> None:
+    host = Host("127.0.0.1", cores)
+    plans = rank_plans(config, [(ask, host) for ask in asks(config)])
+    shared = threads_per_rank(cores, config.num_ranks)
+    for plan in plans:
+        asked = config.prefill.threads if plan.role == "prefill" else config.decode.threads
+        assert plan.threads == (asked or shared)
+    assert shared * config.num_ranks <= max(cores, config.num_ranks)
+
+
+@given(configs(), checkpoints())
+def test_weights_are_cut_but_never_lost(config: BatonConfig, checkpoint: Checkpoint) -> None:
+    for role, num_ranks in (("prefill", config.prefill.tp), ("decode", config.decode.dp * config.decode.tp)):
+        per_rank = weight_bytes_per_rank(config, checkpoint, role)  # type: ignore[arg-type]
+        assert per_rank * num_ranks >= checkpoint.num_params * 2
+        assert per_rank <= checkpoint.num_params * 4 + 2 * 4
+
+
+@given(configs(), checkpoints())
+def test_a_refusal_comes_exactly_below_the_need(config: BatonConfig, checkpoint: Checkpoint) -> None:
+    need = memory_needed(config, checkpoint)
+    assert need > config.num_ranks * config.kv_memory
+    refuse_overcommit(config, checkpoint, need)
+    with pytest.raises(ConfigError, match="lower kv_memory"):
+        refuse_overcommit(config, checkpoint, need - 1)
+
+
+def test_a_refusal_has_the_numbers() -> None:
+    config = BatonConfig.model_validate({"model": "m", "kv_memory": "2GiB", "prefill": {"tp": 2}, "decode": {"dp": 2}})
+    with pytest.raises(ConfigError) as refusal:
+        refuse_overcommit(config, Checkpoint(2**29, 0, "bfloat16"), 8 * 2**30)
+    assert "8.00 GiB of memory available" in refusal.value.message
+    assert "4 ranks x 2.00 GiB KV cache" in refusal.value.message
+    assert "3.00 GiB weights in all" in refusal.value.message  # 1 GiB on prefill, cut in two; 1 GiB on each decode group
+
+
+@given(st.lists(hosts, max_size=4), configs())
+def test_a_shortage_is_explained_with_numbers(offered: list[Host], config: BatonConfig) -> None:
+    for ask in asks(config):
+        said = explain_shortage(ask, offered)
+        assert f"{ask.node} needs {ask.num_ranks} {RANK_RESOURCE}" in said
+        if offered and not can_ever_fit(ask, offered):
+            assert f"--resources='{{\"{RANK_RESOURCE}\": {ask.num_ranks}}}'" in said
+
+
+@pytest.mark.parametrize(
+    ("offered", "said"),
+    [
+        ([], "no live host"),
+        ([Host("h", 1, 8, 8)], "none of the 1 hosts carries these labels"),
+        ([Host("h", 1, 1, 1, {"role": "p"})], "h: 1 free of 1"),
+        ([Host("h", 1, 2, 0, {"role": "p"})], "others hold them"),
+    ],
+)
+def test_each_shortage_says_what_to_do(offered: list[Host], said: str) -> None:
+    config = BatonConfig.model_validate({"model": "m", "prefill": {"tp": 2}, "ray": {"prefill_label": {"role": "p"}}})
+    assert said in explain_shortage(asks(config)[0], offered)

@@ -1,0 +1,455 @@
+"""The decode scheduler against a memory that remembers what was written where: right content, one writer, nothing lost."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from baton.engine.batch import Sampled
+from baton.engine.blocks import BlockPool, blocks_for
+from baton.errors import InternalError, InvalidRequest, ResourceExhausted
+from baton.request import FinishReason, Sampling, SequenceRequest, TokenEvent, TokenLogprob
+from decode_node.scheduler import Admitted, DecodeLoad, DecodeScheduler, Stage
+
+SIZE = 4
+STOP = 9
+
+
+def ask(request_id, prompt, attempt=1, emitted=(), **sampling):
+    return SequenceRequest(request_id, attempt, tuple(prompt), Sampling(**{"max_tokens": 8, **sampling}), tuple(emitted))
+
+
+def model(context):
+    """A token that depends on every token before it."""
+    value = 0
+    for token in context:
+        value = (7 * value + token + 1) % 9973
+    return value % 10
+
+
+def stream(request):
+    """The whole answer as an undisturbed run gives it."""
+    tokens = [*request.prompt_ids]
+    while True:
+        tokens.append(model(tokens))
+        if request.sampling.finish(len(tokens) - len(request.prompt_ids), tokens[-1]):
+            return tokens[len(request.prompt_ids) :]
+
+
+class Group:
+    """What surrounds the scheduler: block memory as tokens, and pulls that write into it."""
+
+    def __init__(self, num_blocks=16, **limits):
+        self.pool = BlockPool(num_blocks, SIZE)
+        limits = {"max_sequences": 4, "max_waiting": 20, "reserve_output_tokens": 4, "max_model_len": 64, **limits}
+        self.scheduler = DecodeScheduler(self.pool, **limits)
+        self.memory = {}
+        self.requests = {}
+        self.tables = {}  # of sequences that are pulling: matched and bound blocks are not told, only bound ones
+        self.batch = None
+
+    def add(self, request):
+        self.scheduler.add(request)
+        self.requests[request.key] = request
+
+    def pull(self, admitted, count=None):
+        """Bind and write the next `count` blocks of a prompt, all by default; whether the prompt is complete."""
+        key = (admitted.request_id, admitted.attempt)
+        request = self.requests[key]
+        tokens = [*request.prompt_ids, *request.emitted_ids]
+        done = admitted.matched_blocks + len(self.tables.setdefault(key, []))
+        whole = blocks_for(len(tokens), SIZE)
+        bound = self.scheduler.bind(key, min(count or whole, whole - done))
+        for i, (block, generation) in enumerate(bound, done):
+            assert self.pool.generation(block) == generation
+            for slot, token in enumerate(tokens[i * SIZE : (i + 1) * SIZE]):
+                self.memory[block, slot] = token
+        self.tables[key] += bound
+        return done + len(bound) == whole
+
+    def start(self, key, **more):
+        request = self.requests[key]
+        tokens = [*request.prompt_ids, *request.emitted_ids]
+        count, token = len(request.emitted_ids), model(tokens)
+        reason = request.sampling.finish(count + 1, token)
+        self.tables.pop(key, None)
+        return self.scheduler.start(key, TokenEvent("lease", 1, count, (token,), finish_reason=reason, **more))
+
+    def begin(self, request):
+        """Add, admit, pull and start one sequence."""
+        self.add(request)
+        (admitted,) = self.scheduler.admit()
+        assert self.pull(admitted)
+        return self.start(request.key)
+
+    def plan(self, blocked=frozenset()):
+        batch = self.batch = self.scheduler.plan(blocked)
+        assert [self.pool.generation(block) for block in batch.new_blocks.tolist()] == batch.new_generations.tolist()
+        for s in range(batch.num_sequences):
+            position = int(batch.positions[s])
+            assert batch.context_lens[s] == position + 1
+            self.memory[int(batch.block_tables[s, position // SIZE]), position % SIZE] = int(batch.token_ids[s])
+        return batch
+
+    def drawn(self):
+        batch = self.batch
+        assert batch.sample_rows.tolist() == list(range(batch.num_sequences))
+        tables, lens = batch.block_tables.tolist(), batch.context_lens.tolist()
+        tokens = [model([self.memory[table[i // SIZE], i % SIZE] for i in range(end)]) for table, end in zip(tables, lens, strict=True)]
+        columns = max(0, *batch.num_logprobs.tolist(), 0)
+        count = len(tokens)
+        return Sampled(
+            np.array(tokens, np.int64),
+            np.full(count, -0.5, np.float32),
+            np.tile(np.arange(columns), (count, 1)),
+            np.full((count, columns), -1.5, np.float32),
+        )
+
+    def step(self, blocked=frozenset()):
+        self.plan(blocked)
+        return self.scheduler.apply(self.drawn())
+
+    def run(self, steps=80):
+        return [event for _ in range(steps) for event in self.step()]
+
+
+def tokens_of(events, key):
+    return [token for event in events if (event.request_id, event.attempt) == key for token in event.token_ids]
+
+
+def test_from_the_pull_to_the_last_token():
+    group = Group()
+    request = ask("a", range(10, 20), max_tokens=7)
+    group.add(request)
+    assert group.scheduler.load() == DecodeLoad(waiting=1, pulling=0, running=0, waiting_tokens=10)
+    (admitted,) = group.scheduler.admit()
+    assert admitted == Admitted("a", 1, 0)
+    assert group.pool.counts().held == 0, "room is promised by count"
+    assert group.pool.available() == 16 - 4
+    assert not group.pull(admitted, 2)
+    assert group.scheduler.load() == DecodeLoad(waiting=0, pulling=1, running=0, waiting_tokens=0)
+    assert not group.scheduler.has_work()
+    assert group.pull(admitted)
+    first = group.start(("a", 1))
+    assert (first.request_id, first.attempt, first.output_index) == ("a", 1, 0)
+    assert group.scheduler.has_work()
+    events = [first, *group.run()]
+    assert tokens_of(events, ("a", 1)) == stream(request)
+    assert [event.output_index for event in events] == list(range(7))
+    assert [event.finish_reason for event in events] == [None] * 6 + [FinishReason.LENGTH]
+    assert group.scheduler.idle()
+    assert group.pool.counts().cached == 4, "generated blocks are cached too: 16 tokens have their KV here"
+
+
+def test_a_prefix_that_is_here_is_not_pulled():
+    group = Group()
+    group.begin(ask("a", range(10, 22)))
+    group.add(ask("b", range(10, 22)))
+    assert group.scheduler.admit() == (Admitted("b", 1, 2),), "the block of the last token is always its own"
+    assert group.pull(Admitted("b", 1, 2))
+    assert len(group.tables["b", 1]) == 1
+
+
+def test_the_next_attempt_finds_what_the_last_one_generated():
+    group = Group()
+    request = ask("a", range(6), max_tokens=12)
+    events = [group.begin(request), *group.run(5)]
+    group.scheduler.cancel("a", 1, quarantine=False)
+    emitted = tokens_of(events, ("a", 1))
+    group.add(ask("a", range(6), attempt=2, emitted=emitted, max_tokens=12))
+    (admitted,) = group.scheduler.admit()
+    assert admitted.matched_blocks == 2
+    assert group.pull(admitted)
+    events += [group.start(("a", 2)), *group.run()]
+    assert emitted + tokens_of(events, ("a", 2)) == stream(request)
+
+
+def test_logprobs_travel_with_their_tokens():
+    group = Group()
+    group.add(ask("a", [1, 2], num_logprobs=2))
+    group.add(ask("b", [3, 2], num_logprobs=0))
+    group.add(ask("c", [4, 2]))
+    for admitted in group.scheduler.admit():
+        assert group.pull(admitted)
+        group.start((admitted.request_id, 1))
+    a, b, c = group.step()
+    assert a.logprobs == (TokenLogprob(a.token_ids[0], -0.5, ((0, -1.5), (1, -1.5))),)
+    assert b.logprobs == (TokenLogprob(b.token_ids[0], -0.5),)
+    assert c.logprobs == ()
+
+
+def test_a_first_token_that_finishes_the_request():
+    group = Group()
+    event = group.begin(ask("a", [1, 2], max_tokens=1))
+    assert event.finish_reason is FinishReason.LENGTH
+    assert group.scheduler.idle()
+    assert group.pool.counts().idle()
+
+
+def test_the_wrong_first_token_is_refused():
+    group = Group()
+    group.add(ask("a", [1, 2], attempt=2, emitted=[5]))
+    (admitted,) = group.scheduler.admit()
+    assert group.pull(admitted)
+    with pytest.raises(InternalError, match="drew output token 0, not 1"):
+        group.scheduler.start(("a", 2), TokenEvent("a", 1, 0, (5,)))
+    assert group.scheduler.stage(("a", 2)) is Stage.PULLING
+
+
+def test_blocked_sequences_sit_out():
+    group = Group()
+    for name in "ab":
+        group.begin(ask(name, [1, 2]))
+    assert group.scheduler.has_work({("a", 1)})
+    assert [event.request_id for event in group.step({("a", 1)})] == ["b"]
+    assert not group.scheduler.has_work({("a", 1), ("b", 1)})
+    assert group.step({("a", 1), ("b", 1)}) == ()
+    assert [event.output_index for event in group.step()] == [1, 2]
+
+
+def test_the_youngest_is_suspended_when_all_have_outgrown_their_promise():
+    group = Group(num_blocks=6, reserve_output_tokens=1)
+    requests = [ask(name, [i] * 4, max_tokens=16) for i, name in enumerate("ab")]
+    events = [group.begin(request) for request in requests]
+    while not (suspended := group.scheduler.take_suspended()):
+        events += group.step()
+    assert suspended == (("b", 1),)
+    assert group.scheduler.take_suspended() == ()
+    emitted = tokens_of(events, ("b", 1))
+    assert 0 < len(emitted) < 16
+    events += group.run()
+    assert tokens_of(events, ("a", 1)) == stream(requests[0])
+    again = ask("b", [1] * 4, attempt=2, emitted=emitted, max_tokens=16)
+    assert emitted + tokens_of([group.begin(again), *group.run()], ("b", 2)) == stream(requests[1])
+    assert group.pool.counts().idle()
+
+
+def test_an_unused_reservation_goes_before_a_running_sequence():
+    group = Group(num_blocks=4, reserve_output_tokens=1)
+    request = ask("a", [0] * 4, max_tokens=12)
+    events = [group.begin(request)]
+    group.add(ask("late", [7] * 4))
+    assert group.scheduler.admit()
+    events += group.run()
+    assert group.scheduler.take_suspended() == (("late", 1),)
+    assert tokens_of(events, ("a", 1)) == stream(request)
+
+
+def test_a_sequence_may_have_to_suspend_itself():
+    group = Group(num_blocks=4, reserve_output_tokens=1)
+    request = ask("a", [0] * 4, max_tokens=12)
+    group.begin(request)
+    group.add(ask("pulling", [7] * 4))
+    (admitted,) = group.scheduler.admit()
+    group.scheduler.bind(("pulling", 1), 1)
+    for _ in range(5):
+        group.step()
+    assert group.scheduler.take_suspended() == (("a", 1),), "blocks under a pull are not taken away"
+    assert admitted.request_id == "pulling"
+
+
+def test_one_that_does_not_fit_is_passed_but_not_for_ever():
+    group = Group(num_blocks=4, age_limit=2, max_sequences=2)
+    group.begin(ask("holder", [1] * 3, max_tokens=2))
+    group.add(ask("large", [2] * 15, max_tokens=1))
+    for i in range(3):
+        group.add(ask(f"small{i}", [3 + i] * 3, max_tokens=1))
+    for i in range(2):
+        assert [a.request_id for a in group.scheduler.admit()] == [f"small{i}"]
+        group.scheduler.cancel(f"small{i}", 1, quarantine=False)
+    assert group.scheduler.admit() == ()
+    group.run(3)
+    assert [a.request_id for a in group.scheduler.admit()] == ["large"]
+
+
+def test_cancelled_pulls_stay_in_quarantine_until_quiesced():
+    group = Group()
+    group.begin(ask("old", range(10, 18)))
+    group.add(ask("a", range(10, 22), attempt=3))
+    (admitted,) = group.scheduler.admit()
+    assert admitted.matched_blocks == 2
+    group.scheduler.bind(("a", 3), 1)
+    held = group.pool.counts().held
+    assert group.scheduler.cancel("a", 3, quarantine=True)
+    assert not group.scheduler.cancel("a", 3, quarantine=True)
+    assert group.pool.counts().quarantined == 1
+    assert group.pool.counts().held == held - 1
+    assert not group.scheduler.idle()
+    with pytest.raises(InvalidRequest, match="is here already"):
+        group.add(ask("a", [1], attempt=3))
+    group.scheduler.quiesced(("a", 3))
+    group.scheduler.quiesced(("a", 3))
+    group.pool.check()
+    assert group.pool.counts().quarantined == 0
+    assert group.scheduler.stage(("a", 3)) is None
+
+
+def test_cancel_takes_this_attempt_and_all_before_it_wherever_they_are():
+    group = Group(max_sequences=3)
+    group.begin(ask("a", [1] * 4))
+    for attempt in (2, 3, 4, 5):
+        group.add(ask("a", [attempt] * 4, attempt=attempt))
+    admitted = group.scheduler.admit()
+    assert [a.attempt for a in admitted] == [2, 3]
+    group.scheduler.bind(("a", 3), 1)
+    group.plan()
+    assert group.scheduler.cancel("a", 4, quarantine=False)
+    assert group.scheduler.stage(("a", 1)) is Stage.ENDING
+    assert group.pool.counts().held == 2, "the step is still writing"
+    assert group.scheduler.cancel("a", 1, quarantine=True), "again, while it ends"
+    assert group.scheduler.apply(group.drawn()) == ()
+    assert group.pool.counts().held == 0
+    assert not group.scheduler.cancel("b", 9, quarantine=True)
+    assert [a.attempt for a in group.scheduler.admit()] == [5]
+
+
+def test_refusals_name_the_numbers():
+    group = Group(num_blocks=4, max_sequences=1, max_waiting=1)
+    with pytest.raises(InvalidRequest, match="17 tokens do not fit in 4 blocks of 4"):
+        group.add(ask("a", range(9)))
+    with pytest.raises(InvalidRequest, match="9 prompt tokens and max_tokens 56 make more than 64"):
+        Group(num_blocks=99).add(ask("a", range(9), max_tokens=56))
+    group.add(ask("a", [1]))
+    group.add(ask("b", [1]))
+    with pytest.raises(ResourceExhausted, match="2 sequences wait and 0 run here, at most 2 may"):
+        group.add(ask("c", [1]))
+
+
+class DecodeMachine(RuleBasedStateMachine):
+    """Requests, pulls, steps, cancels and suspensions in any order, also between plan and apply.
+
+    A suspended sequence comes back as a new attempt, as the router would send it; every answer that ends must be the
+    one of an undisturbed run.
+    """
+
+    @initialize(num_blocks=st.integers(8, 20), max_sequences=st.integers(1, 4), reserve_output_tokens=st.sampled_from([1, 4, 100]))
+    def make(self, num_blocks, **limits):
+        self.group = Group(num_blocks, age_limit=2, **limits)
+        self.limits = limits
+        self.attempts = {}  # newest attempt of each request
+        self.emitted = {}  # delivered tokens of each request
+        self.pulls = {}  # admitted sequences whose pull is under way
+        self.quarantined = set()
+        self.planned = False
+        self.num_added = 0
+
+    @property
+    def scheduler(self):
+        return self.group.scheduler
+
+    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14), max_tokens=st.integers(1, 14), stops=st.booleans())
+    def add(self, prompt, max_tokens, stops):
+        self.num_added += 1
+        request = ask(f"r{self.num_added}", prompt, max_tokens=max_tokens, stop_token_ids=(STOP,) if stops else ())
+        self.send(request)
+
+    def send(self, request):
+        try:
+            self.group.add(request)
+        except (ResourceExhausted, InvalidRequest):
+            self.emitted.pop(request.request_id, None)
+            return
+        self.attempts[request.request_id] = request.attempt
+        self.emitted.setdefault(request.request_id, [])
+
+    @rule()
+    def admit(self):
+        for admitted in self.scheduler.admit():
+            self.pulls[admitted.request_id, admitted.attempt] = admitted
+
+    def pulling(self, which):
+        keys = sorted(self.pulls)
+        return keys[which % len(keys)]
+
+    @precondition(lambda self: self.pulls)
+    @rule(which=st.integers(0, 9), count=st.integers(1, 3))
+    def pull(self, which, count):
+        key = self.pulling(which)
+        if self.group.pull(self.pulls[key], count):
+            del self.pulls[key]
+            self.deliver([self.group.start(key)])
+
+    @precondition(lambda self: not self.planned)
+    @rule(blocked=st.sets(st.integers(0, 9), max_size=2))
+    def plan(self, blocked=frozenset()):
+        keys = sorted(self.attempts.items())
+        batch = self.group.plan({keys[i] for i in blocked if i < len(keys)})
+        assert batch.num_sequences <= self.limits["max_sequences"]
+        self.planned = True
+        for request_id, attempt in self.scheduler.take_suspended():
+            self.pulls.pop((request_id, attempt), None)
+            self.group.tables.pop((request_id, attempt), None)
+            assert self.attempts[request_id] == attempt
+            self.send_again(request_id)
+
+    def send_again(self, request_id):
+        old = self.group.requests[request_id, self.attempts[request_id]]
+        new = SequenceRequest(request_id, old.attempt + 1, old.prompt_ids, old.sampling, tuple(self.emitted[request_id]))
+        self.send(new)
+
+    @precondition(lambda self: self.planned)
+    @rule()
+    def apply(self):
+        self.deliver(self.scheduler.apply(self.group.drawn()))
+        self.planned = False
+
+    def deliver(self, events):
+        for event in events:
+            assert self.attempts[event.request_id] == event.attempt, "an attempt that is over says nothing"
+            emitted = self.emitted[event.request_id]
+            assert event.output_index == len(emitted)
+            emitted += event.token_ids
+            if event.finish_reason:
+                assert emitted == stream(self.group.requests[event.request_id, event.attempt])
+                del self.emitted[event.request_id], self.attempts[event.request_id]
+
+    @precondition(lambda self: self.attempts)
+    @rule(which=st.integers(0, 9), quarantine=st.booleans())
+    def cancel(self, which, quarantine):
+        key = sorted(self.attempts.items())[which % len(self.attempts)]
+        landing = quarantine and self.scheduler.stage(key) is Stage.PULLING
+        assert self.scheduler.cancel(*key, quarantine=quarantine)
+        self.quarantined |= {key} if landing else set()
+        self.pulls.pop(key, None)
+        self.group.tables.pop(key, None)
+        del self.attempts[key[0]], self.emitted[key[0]]
+
+    @precondition(lambda self: self.quarantined)
+    @rule()
+    def quiesce(self):
+        self.scheduler.quiesced(self.quarantined.pop())
+
+    @invariant()
+    def pool_is_sound(self):
+        self.group.pool.check()
+        assert bool(self.group.pool.counts().quarantined) is bool(self.quarantined)
+        assert not self.scheduler.idle() or self.group.pool.counts().idle()
+
+    @invariant()
+    def pulled_blocks_are_nobody_elses(self):
+        bound = [block for pairs in self.group.tables.values() for block, _ in pairs]
+        assert len(set(bound)) == len(bound)
+        for pairs in self.group.tables.values():
+            assert all(self.group.pool.generation(block) == generation for block, generation in pairs)
+
+    def teardown(self):
+        if self.planned:
+            self.apply()
+        while self.quarantined:
+            self.quiesce()
+        for _ in range(600):
+            if self.scheduler.idle():
+                break
+            self.admit()
+            while self.pulls:
+                self.pull(0, 9)
+            self.plan()
+            self.apply()
+        assert self.scheduler.idle(), "a sequence waits for ever"
+        assert not self.attempts
+        assert self.group.pool.counts().idle()
+
+
+TestDecode = DecodeMachine.TestCase
+TestDecode.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)

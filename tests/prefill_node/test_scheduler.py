@@ -1,0 +1,491 @@
+"""The prefill scheduler against a memory that remembers what was written where: right content, one writer, nothing lost."""
+
+import numpy as np
+import pytest
+from hypothesis import event, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from baton.engine.batch import Sampled
+from baton.engine.blocks import BlockPool, blocks_for
+from baton.errors import InvalidRequest, ResourceExhausted
+from baton.request import FinishReason, Sampling, SequenceRequest
+from prefill_node.scheduler import PrefillScheduler
+
+SIZE = 4
+STOP = 9
+
+
+def token_after(request):
+    """What our model says after these tokens: sometimes STOP."""
+    return (sum(request.prompt_ids) + 3 * sum(request.emitted_ids) + len(request.prompt_ids)) % 10
+
+
+def ask(request_id, prompt, attempt=1, emitted=(), **sampling):
+    return SequenceRequest(request_id, attempt, tuple(prompt), Sampling(**{"max_tokens": 8, **sampling}), tuple(emitted))
+
+
+class Node:
+    """What surrounds the scheduler: block memory as tokens, and the requests behind the rows of a step."""
+
+    def __init__(self, num_blocks=16, **limits):
+        self.pool = BlockPool(num_blocks, SIZE)
+        limits = {"max_step_tokens": 8, "max_sequences": 3, "max_waiting": 20, "max_unaccepted": 2, "max_model_len": 64, **limits}
+        self.scheduler = PrefillScheduler(self.pool, **limits)
+        self.memory = {}
+        self.batch = None
+
+    def plan(self):
+        """Plan a step and write what it computes; the batch."""
+        batch = self.batch = self.scheduler.plan()
+        assert [self.pool.generation(block) for block in batch.new_blocks.tolist()] == batch.new_generations.tolist()
+        for s in range(batch.num_sequences):
+            end, table = int(batch.context_lens[s]), batch.block_tables[s].tolist()
+            tokens = batch.token_ids[batch.query_starts[s] : batch.query_starts[s + 1]].tolist()
+            for position, token in enumerate(tokens, end - len(tokens)):
+                self.memory[table[position // SIZE], position % SIZE] = token
+        return batch
+
+    def drawn(self):
+        """What the planned step sampled: our model reads the whole context from memory."""
+        batch, tokens = self.batch, []
+        for s in range(batch.num_sequences):
+            if int(batch.query_starts[s + 1]) - 1 in batch.sample_rows.tolist():
+                context = self.content(batch.block_tables[s].tolist(), int(batch.context_lens[s]))
+                tokens.append(self.model(context))
+        count = len(tokens)
+        return Sampled(np.array(tokens, np.int64), np.zeros(count, np.float32), np.zeros((count, 0), np.int64), np.zeros((count, 0), np.float32))
+
+    @staticmethod
+    def model(context):
+        """A token that depends on every token before it."""
+        value = 0
+        for token in context:
+            value = (7 * value + token + 1) % 9973
+        return value % 10
+
+    def content(self, blocks, length):
+        return [self.memory[blocks[i // SIZE], i % SIZE] for i in range(length)]
+
+    def step(self):
+        """make_room, plan, apply; the revoked leases and the outcome."""
+        revoked = self.scheduler.make_room()
+        self.plan()
+        return revoked, self.scheduler.apply(self.drawn())
+
+    def run(self, steps=20):
+        """Steps until nothing can run; all events, announcements and ended leases."""
+        events, announced, ended = [], [], []
+        for _ in range(steps):
+            _, outcome = self.step()
+            events += outcome.events
+            announced += outcome.announcements
+            ended += outcome.ended
+        return events, announced, ended
+
+
+def test_a_long_prompt_goes_in_chunks_and_is_announced_as_it_grows():
+    node = Node()
+    prompt = list(range(10, 29))
+    node.scheduler.add(ask("a", prompt), lease=5)
+    node.scheduler.accept(5)
+    outcomes = [node.step()[1] for _ in range(3)]
+    assert [[len(a.blocks) for a in outcome.announcements] for outcome in outcomes] == [[2], [2], [1]]
+    assert [outcome.announcements[0].first_block for outcome in outcomes] == [0, 2, 4]
+    final = outcomes[2].announcements[0].final
+    assert outcomes[2].events == (final,)
+    assert (final.output_index, final.token_ids, final.cached_tokens) == (0, (Node.model(prompt),), 0)
+    blocks = [block for outcome in outcomes for block, _ in outcome.announcements[0].blocks]
+    assert node.content(blocks, 19) == prompt
+    assert node.scheduler.load().leases == 1
+    node.scheduler.release(5)
+    assert node.scheduler.idle()
+    assert node.pool.counts().cached == 4, "the last block is not full"
+
+
+def test_a_cached_prefix_is_not_computed_again():
+    node = Node()
+    prompt = list(range(10, 22))
+    for name in ("a", "b"):
+        node.scheduler.add(ask(name, prompt), lease=0)
+        events, announced, ended = node.run(3)
+        assert announced == ended == []
+        assert events[0].cached_tokens == (0 if name == "a" else 8), "the block of the last token is always computed"
+    assert node.pool.counts().idle()
+
+
+def test_an_attempt_goes_on_behind_the_emitted_tokens():
+    node = Node()
+    node.scheduler.add(ask("a", [1, 2, 3], attempt=4, emitted=[7, 8], min_tokens=3, stop_token_ids=(STOP,)), lease=0)
+    batch = node.plan()
+    assert batch.token_ids.tolist() == [1, 2, 3, 7, 8]
+    assert batch.output_indices.tolist() == [2]
+    assert batch.banned_ids.tolist() == [STOP]
+    (event,) = node.scheduler.apply(node.drawn()).events
+    assert (event.attempt, event.output_index) == (4, 2)
+
+
+@pytest.mark.parametrize("pulled", [False, True])
+def test_a_request_that_ends_with_its_first_token(pulled):
+    node = Node()
+    node.scheduler.add(ask("a", range(6), max_tokens=1), lease=3)
+    if pulled:
+        node.scheduler.opened(3)
+    _, outcome = node.step()
+    (announced,) = outcome.announcements
+    assert announced.final.finish_reason is FinishReason.LENGTH
+    assert len(announced.blocks) == (2 if pulled else 0)
+    assert outcome.ended == (() if pulled else (3,))
+    assert node.scheduler.idle() is not pulled
+    node.scheduler.closed(3)
+    assert node.scheduler.idle()
+    assert node.pool.counts().idle()
+
+
+def test_unaccepted_prompts_are_bounded():
+    node = Node(max_unaccepted=1)
+    for i in range(3):
+        node.scheduler.add(ask(f"{i}", [i] * 4), lease=i + 1)
+    assert len(node.run()[0]) == 1
+    node.scheduler.accept(2)
+    assert [event.request_id for event in node.run()[0]] == ["1"]
+    node.scheduler.accept(1)
+    assert [event.request_id for event in node.run()[0]] == ["2"]
+
+
+def test_the_youngest_unaccepted_lease_makes_room_and_is_computed_again():
+    node = Node(num_blocks=6)
+    for i in range(2):
+        node.scheduler.add(ask(f"{i}", [i] * 8), lease=i + 1)
+    first, announced, _ = node.run()
+    node.scheduler.add(ask("wanted", [7] * 16), lease=3)
+    assert node.scheduler.make_room() == (), "it is not accepted either"
+    node.scheduler.accept(3)
+    revoked, _ = node.step()
+    assert revoked == (2,)
+    node.pool.check()
+    assert [event.request_id for event in node.run()[0]] == ["wanted"]
+    node.scheduler.release(3)
+    assert node.run()[0] == [], "a revoked prompt waits for a decode group"
+    node.scheduler.accept(2)
+    again, announced_again, _ = node.run()
+    assert [event.token_ids for event in again] == [first[1].token_ids]
+    assert [len(a.blocks) for a in announced_again] == [2]
+    assert node.content([block for block, _ in announced_again[0].blocks], 8) == [1] * 8
+
+
+def test_nothing_is_revoked_in_vain():
+    node = Node(num_blocks=8)
+    node.scheduler.add(ask("held", [1] * 16), lease=1)
+    node.scheduler.accept(1)
+    node.scheduler.add(ask("unwanted", [2] * 8), lease=2)
+    node.run()
+    node.scheduler.add(ask("wanted", [3] * 32), lease=3)
+    node.scheduler.accept(3)
+    assert node.scheduler.make_room() == ()
+    assert node.scheduler.load().waiting_tokens == 32
+    node.scheduler.release(1)
+    assert node.scheduler.make_room() == (2,)
+
+
+def test_a_pull_keeps_its_lease():
+    node = Node(num_blocks=4)
+    node.scheduler.add(ask("a", [1] * 16), lease=1)
+    node.run()
+    node.scheduler.opened(1)
+    node.scheduler.closed(1)
+    node.scheduler.add(ask("b", [2] * 4), lease=0)
+    assert node.scheduler.make_room() == (), "accepted once, it is not revocable"
+    assert not node.run()[0]
+    assert node.scheduler.cancel("a", 1) == (1,)
+    assert len(node.run()[0]) == 1
+
+
+def test_one_that_does_not_fit_is_passed_but_not_for_ever():
+    node = Node(num_blocks=4, age_limit=2)
+    node.scheduler.add(ask("holder", [1] * 4), lease=1)
+    node.scheduler.accept(1)
+    node.run(1)
+    node.scheduler.add(ask("large", [2] * 16), lease=0)
+    for i in range(4):
+        node.scheduler.add(ask(f"small{i}", [3 + i] * 4), lease=0)
+    assert [event.request_id for event in node.run()[0]] == ["small0", "small1"]
+    node.scheduler.release(1)
+    assert [event.request_id for event in node.run()[0]] == ["large", "small2", "small3"]
+
+
+def test_cancel_takes_this_attempt_and_all_before_it():
+    node = Node(num_blocks=16)
+    for attempt in (1, 2, 3):
+        node.scheduler.add(ask("a", [attempt] * 8, attempt=attempt), lease=attempt)
+        node.scheduler.accept(attempt)
+    node.run(1)
+    assert node.scheduler.cancel("a", 2) == (1, 2)
+    assert node.scheduler.cancel("a", 2) == ()
+    assert node.scheduler.cancel("b", 7) == ()
+    assert len(node.run()[0]) == 1
+    assert node.scheduler.load().leases == 1
+
+
+def test_blocks_of_a_cancelled_prompt_outlive_its_step_and_its_pull():
+    node = Node()
+    node.scheduler.add(ask("a", range(8)), lease=1)
+    node.scheduler.opened(1)
+    node.plan()
+    assert node.scheduler.cancel("a", 1) == (1,)
+    assert node.pool.counts().held == 2, "the step is still writing"
+    outcome = node.scheduler.apply(node.drawn())
+    assert (outcome.events, outcome.announcements, outcome.ended) == ((), (), ())
+    assert node.pool.counts().held == 2, "the pull may still be reading"
+    assert not node.scheduler.expire(1)
+    node.scheduler.closed(1)
+    assert node.pool.counts().cached == 2
+    assert node.scheduler.idle()
+
+
+def test_a_cancel_during_the_step_is_reported_when_the_blocks_are_given_up():
+    node = Node()
+    node.scheduler.add(ask("a", range(8)), lease=1)
+    node.plan()
+    node.scheduler.release(1)
+    assert not node.scheduler.idle()
+    assert node.scheduler.apply(node.drawn()).ended == (1,)
+    assert node.scheduler.idle()
+
+
+def test_a_waiting_prompt_is_gone_at_once():
+    node = Node()
+    node.scheduler.add(ask("a", range(8)), lease=1)
+    node.scheduler.opened(1)
+    assert node.scheduler.expire(1)
+    assert node.scheduler.idle()
+
+
+def test_messages_about_strangers_are_ignored():
+    node = Node()
+    for late in (node.scheduler.accept, node.scheduler.opened, node.scheduler.closed, node.scheduler.release):
+        late(77)
+    assert node.scheduler.expire(77)
+    node.scheduler.add(ask("a", range(8)), lease=1)
+    node.scheduler.closed(1)
+    assert len(node.run()[0]) == 1
+
+
+def test_refusals_name_the_numbers():
+    node = Node(num_blocks=4, max_sequences=1, max_waiting=1)
+    add = node.scheduler.add
+    with pytest.raises(InvalidRequest, match="17 tokens do not fit in 4 blocks of 4"):
+        add(ask("a", range(17)), 1)
+    with pytest.raises(InvalidRequest, match="64 tokens, at most 63"):
+        add(ask("a", range(64)), 1)
+    with pytest.raises(InvalidRequest, match="empty"):
+        add(ask("a", []), 1)
+    with pytest.raises(InvalidRequest, match="all of its 2 max_tokens"):
+        add(ask("a", [1], emitted=[2, 3], max_tokens=2), 1)
+    add(ask("a", [1]), 1)
+    for request, lease in ((ask("a", [1]), 2), (ask("b", [1]), 1)):
+        with pytest.raises(InvalidRequest, match="is here"):
+            add(request, lease)
+    add(ask("b", [1]), 0)
+    with pytest.raises(ResourceExhausted, match="2 prompts wait and 0 run here, at most 2 may") as full:
+        add(ask("c", [1]), 0)
+    assert full.value.retryable
+    assert full.value.retry_after_s
+
+
+WHICH = st.integers(0, 9)
+
+
+def leases_known(machine):
+    return bool(machine.leased)
+
+
+class PrefillMachine(RuleBasedStateMachine):
+    """Requests, pulls, cancels and steps in any order, also between plan and apply."""
+
+    @initialize(
+        num_blocks=st.integers(6, 12),
+        max_step_tokens=st.sampled_from([3, 8, 20]),
+        max_sequences=st.integers(1, 4),
+        max_unaccepted=st.integers(0, 3),
+    )
+    def make(self, num_blocks, **limits):
+        self.node = Node(num_blocks, age_limit=2, **limits)
+        self.limits = limits
+        self.requests = {}  # by lease number (drawn for lease 0 too)
+        self.leased = {}
+        self.accepted = set()
+        self.pulls = {}  # open pulls per lease
+        self.ending = set()  # leases given up while a pull reads
+        self.announced = {}  # blocks of a lease since it was last computed
+        self.events = {}
+        self.planned = False
+
+    @property
+    def scheduler(self):
+        return self.node.scheduler
+
+    @rule(
+        prompt=st.lists(st.integers(0, 2), min_size=1, max_size=8).map(lambda tokens: tokens * 3),
+        emitted=st.lists(st.integers(0, 1), max_size=3),
+        leased=st.booleans(),
+        short=st.booleans(),
+    )
+    def add(self, prompt, emitted, leased, short):
+        number = len(self.requests) + 1
+        sampling = {"max_tokens": len(emitted) + 1} if short else {"max_tokens": 8, "stop_token_ids": (STOP,)}
+        request = ask(f"r{number % 5}", prompt, attempt=number, emitted=emitted, **sampling)
+        try:
+            self.scheduler.add(request, number if leased else 0)
+        except (ResourceExhausted, InvalidRequest):
+            return
+        self.requests[request.key] = request
+        self.leased |= {number: request} if leased else {}
+
+    def pick(self, which):
+        return sorted(self.leased)[which % len(self.leased)]
+
+    @precondition(leases_known)
+    @rule(which=WHICH)
+    def accept(self, which):
+        self.accept_lease(self.pick(which))
+
+    def accept_lease(self, number):
+        self.scheduler.accept(number)
+        self.accepted.add(number)
+
+    @precondition(leases_known)
+    @rule(which=WHICH)
+    def open(self, which):
+        number = self.pick(which)
+        self.scheduler.opened(number)
+        self.accepted.add(number)
+        self.pulls[number] = self.pulls.get(number, 0) + 1
+
+    @precondition(lambda self: self.pulls)
+    @rule(which=WHICH)
+    def close(self, which):
+        number = sorted(self.pulls)[which % len(self.pulls)]
+        self.scheduler.closed(number)
+        self.pulls[number] -= 1
+        if not self.pulls[number]:
+            del self.pulls[number]
+            if number in self.ending:
+                self.over(number)
+
+    @precondition(leases_known)
+    @rule(which=WHICH, how=st.sampled_from(["release", "expire", "cancel"]))
+    def end(self, which, how):
+        number = self.pick(which)
+        if how == "release":
+            self.scheduler.release(number)
+            self.over(number)
+        elif how == "expire":
+            if self.scheduler.expire(number):
+                self.over(number)
+            else:
+                self.give_up(number)
+        else:
+            for ended in self.scheduler.cancel(*self.leased[number].key):
+                self.give_up(ended)
+
+    def over(self, number):
+        self.leased.pop(number, None)
+        self.pulls.pop(number, None)
+        self.announced.pop(number, None)
+        self.ending.discard(number)
+
+    def give_up(self, number):
+        """The request is over; its blocks are watched for as long as a pull reads them."""
+        if self.pulls.get(number):
+            self.ending.add(number)
+        else:
+            self.over(number)
+
+    @precondition(lambda self: not self.planned)
+    @rule(steps=st.integers(1, 4))
+    def step(self, steps):
+        for _ in range(steps):
+            self.plan()
+            self.apply()
+
+    @precondition(lambda self: not self.planned)
+    @rule()
+    def plan(self):
+        for lease in self.scheduler.make_room():
+            event("revoked")
+            assert lease not in self.accepted
+            self.announced.pop(lease)
+            self.events.pop(self.leased[lease].key)
+        batch = self.node.plan()
+        assert batch.num_tokens <= self.limits["max_step_tokens"]
+        assert batch.num_sequences <= self.limits["max_sequences"]
+        self.planned = True
+
+    @precondition(lambda self: self.planned)
+    @rule()
+    def apply(self):
+        outcome = self.scheduler.apply(self.node.drawn())
+        self.planned = False
+        for event in outcome.events:
+            request = self.requests[event.request_id, event.attempt]
+            assert self.events.setdefault(request.key, event) is event, "one event per prompt"
+            assert event.output_index == len(request.emitted_ids)
+            assert event.token_ids == (Node.model([*request.prompt_ids, *request.emitted_ids]),)
+            assert event.cached_tokens % SIZE == 0
+        for announced in outcome.announcements:
+            self.check_announcement(announced)
+        for number in outcome.ended:
+            self.over(number)
+
+    def check_announcement(self, announced):
+        request = self.leased[announced.lease]
+        blocks = self.announced.setdefault(announced.lease, [])
+        assert announced.first_block == len(blocks)
+        blocks += announced.blocks
+        whole = blocks_for(len(request.prompt_ids) + len(request.emitted_ids), SIZE)
+        if announced.final:
+            assert len(blocks) == whole or (announced.final.finish_reason and not announced.blocks)
+        assert len(blocks) <= whole
+
+    @invariant()
+    def pool_is_sound(self):
+        self.node.pool.check()
+        load = self.scheduler.load()
+        assert load.running <= self.limits["max_sequences"]
+        assert not self.scheduler.idle() or self.node.pool.counts().idle()
+
+    @invariant()
+    def readable_blocks_keep_their_content(self):
+        for lease, blocks in self.announced.items():
+            request = self.leased[lease]
+            tokens = [*request.prompt_ids, *request.emitted_ids][: len(blocks) * SIZE]
+            assert [self.node.pool.generation(block) for block, _ in blocks] == [generation for _, generation in blocks]
+            assert self.node.content([block for block, _ in blocks], len(tokens)) == tokens
+
+    @invariant()
+    def unaccepted_leases_are_few(self):
+        started = {number for number in self.announced if number not in self.accepted}
+        assert len(started) <= self.limits["max_unaccepted"]
+
+    def teardown(self):
+        if self.planned:
+            self.apply()
+        while self.pulls:
+            self.close(0)
+        for number in self.leased:
+            self.accept_lease(number)
+        for _ in range(2 * len(self.requests) * 30):
+            if self.scheduler.idle():
+                break
+            self.plan()
+            self.apply()
+            for number in [n for n, request in self.leased.items() if request.key in self.events]:
+                self.scheduler.release(number)
+                self.over(number)
+        assert self.scheduler.idle(), "a prompt waits for ever"
+        assert self.node.pool.counts().idle()
+
+
+TestPrefill = PrefillMachine.TestCase
+TestPrefill.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)

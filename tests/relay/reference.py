@@ -1,0 +1,43 @@
+"""What transformers says: the oracle of every golden test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Greedy continuation of one prompt and the log-probability of each of its tokens."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+class Oracle:
+    """A checkpoint run by transformers in fp32, one prompt at a time."""
+
+    def __init__(self, model_dir: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+        self._model: PreTrainedModel = model.eval()
+
+    def greedy(self, prompt_ids: Sequence[int], max_tokens: int) -> Expected:
+        """`max_tokens` tokens, end-of-sequence ignored."""
+        prompt = torch.tensor([list(prompt_ids)])
+        with torch.inference_mode():
+            output = self._model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                min_new_tokens=max_tokens,
+                max_new_tokens=max_tokens,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            token_ids = output[0, len(prompt_ids) :].tolist()
+            rows = torch.log_softmax(self._model(output).logits[0, len(prompt_ids) - 1 : -1].float(), dim=-1)
+        return Expected(token_ids, [float(row[token]) for row, token in zip(rows, token_ids, strict=True)])

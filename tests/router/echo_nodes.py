@@ -1,0 +1,294 @@
+"""Prefill and decode nodes without a model: they speak the whole control protocol over real gRPC and say the prompt again.
+
+Output token i of a prompt of n ids is prompt_ids[i % n], so every test knows the right answer. With step_s 0 they cost next to
+nothing, which makes them the "zero-delay nodes" a router is measured with. No KV moves; faults are switched on through `Faults`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from baton.config import PROTOCOL_VERSION
+from baton.errors import BatonError
+from baton.request import BlockCounts, SequenceRequest, TokenEvent, TokenLogprob
+from baton.rpc import bind, make_server
+from baton.v1 import node_pb2, node_pb2_grpc
+from baton.wire import counts_to_message, error_to_message, sequence_from_message, token_event_to_message
+
+Command = node_pb2.PrefillCommand | node_pb2.DecodeCommand
+Context = grpc.aio.ServicerContext[Any, Any]
+BLOCK_SIZE = 16
+NUM_BLOCKS = 1024
+ECHO_LOGPROB = -0.5
+
+
+def echo_id(sequence: SequenceRequest, index: int) -> int:
+    """The token that echo nodes make at an output index."""
+    return sequence.prompt_ids[index % len(sequence.prompt_ids)]
+
+
+@dataclass(slots=True)
+class Faults:
+    """What goes wrong from now on; the ones with an index happen once.
+
+    refuse: every new sequence ends with this error. fail_at: so does the one that reaches this output index.
+    die_at: the stream breaks when a sequence reaches this output index. stutter: every event is said twice, and the first one
+    of a sequence again with each later one. silent: sequences are taken and nothing is ever said about them.
+    mute: nothing at all is said any more, not even loads.
+    """
+
+    refuse: BatonError | None = None
+    fail_at: tuple[int, BatonError] | None = None
+    die_at: int | None = None
+    stutter: bool = False
+    silent: bool = False
+    mute: bool = False
+
+
+@dataclass(slots=True)
+class EchoSequence:
+    """One attempt under way on one stream: ends with its finish, a cancel, an error, or the stream."""
+
+    request: SequenceRequest
+    next_index: int
+    runnable: bool
+    first: TokenEvent | None = None
+
+
+class EchoNode:
+    """One group leader. `start` binds a free port; `stop` ends all streams. What it was told is kept for tests to look at."""
+
+    def __init__(
+        self,
+        role: str,
+        name: str,
+        *,
+        group: int = 0,
+        step_s: float = 0.0,
+        beat_s: float = 1.0,
+        fingerprint: str = "echo",
+        max_model_len: int = 4096,
+    ) -> None:
+        self.role = role
+        self.name = name
+        self.group = group
+        self.step_s = step_s
+        self.beat_s = beat_s
+        self.fingerprint = fingerprint
+        self.max_model_len = max_model_len
+        self.incarnation = secrets.token_bytes(16)
+        self.faults = Faults()
+        self.received: list[SequenceRequest] = []
+        self.cancelled: list[tuple[str, int]] = []
+        self.leases: list[int] = []
+        self.sessions: list[Session] = []
+        self.address = ""
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, port: int = 0) -> str:
+        """Listen on loopback; returns host:port."""
+        self._server = make_server()
+        if self.role == "prefill":
+            node_pb2_grpc.add_PrefillNodeServicer_to_server(PrefillService(self), self._server)
+        else:
+            node_pb2_grpc.add_DecodeNodeServicer_to_server(DecodeService(self), self._server)
+        self.address = f"127.0.0.1:{bind(self._server, '127.0.0.1', port)}"
+        await self._server.start()
+        return self.address
+
+    async def stop(self) -> None:
+        """End all streams at once."""
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+
+    @property
+    def num_active(self) -> int:
+        """Sequences on the node now."""
+        return sum(len(session.active) for session in self.sessions)
+
+    def hello(self) -> node_pb2.NodeHello:
+        """Who the node says it is."""
+        return node_pb2.NodeHello(
+            protocol_version=PROTOCOL_VERSION,
+            node=self.name,
+            group=self.group,
+            incarnation=self.incarnation,
+            model_fingerprint=self.fingerprint,
+            dtype="float32",
+            max_model_len=self.max_model_len,
+            layout=node_pb2.KVLayout(
+                axes=("block", "layer", "part", "head", "slot", "dim"),
+                num_blocks=NUM_BLOCKS,
+                block_size=BLOCK_SIZE,
+                num_layers=1,
+                num_parts=2,
+                num_heads=1,
+                head_dim=8,
+                dtype="float32",
+                model_num_layers=1,
+                model_num_kv_heads=1,
+            ),
+            ranks=[node_pb2.RankInfo(rank=0, pid=os.getpid(), host="127.0.0.1")],
+            transfer_address=self.address if self.role == "prefill" else "",
+            load=self.load(),
+        )
+
+    def load(self) -> node_pb2.Load:
+        """An empty pool and the sequences under way."""
+        counts = BlockCounts(total=NUM_BLOCKS, free=NUM_BLOCKS, cached=0, held=0, quarantined=0)
+        return node_pb2.Load(running_sequences=self.num_active, blocks=counts_to_message(counts))
+
+
+class Session:
+    """One router's stream: takes commands, makes one token per sequence and step, and says all of it in one event."""
+
+    def __init__(self, node: EchoNode) -> None:
+        self.active: dict[tuple[str, int], EchoSequence] = {}
+        self._node = node
+        self._by_lease: dict[int, tuple[str, int]] = {}
+        self._unsaid = node_pb2.NodeEvent()
+        self._work = asyncio.Event()
+
+    async def run(self, commands: AsyncIterator[Command], context: Context) -> None:
+        """Serve the stream until either side ends it."""
+        self._node.sessions.append(self)
+        try:
+            await context.write(node_pb2.NodeEvent(hello=self._node.hello()))
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._talk(context))
+                async for command in commands:
+                    self._take(command)
+                    self._work.set()
+                raise ConnectionError("the router ended its stream")
+        except* ConnectionError as lost:
+            reason = str(lost.exceptions[0])
+        finally:
+            self._node.sessions.remove(self)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
+
+    def _take(self, command: Any) -> None:
+        match command.WhichOneof("command"):
+            case "prefill":
+                lease = command.prefill.lease_number
+                request = self._start(command.prefill.sequence, lease, runnable=lease == 0)
+                self._by_lease[lease] = request.key
+            case "accepted":
+                key = self._by_lease.get(command.accepted.lease_number)
+                if key in self.active:
+                    self.active[key].runnable = True
+            case "decode":
+                request = self._start(command.decode.sequence, command.decode.lease.number, runnable=True)
+                if request.key in self.active:
+                    self._unsaid.accepted.append(node_pb2.Accepted(request_id=request.request_id, attempt=request.attempt))
+            case "cancel":
+                self._cancel(command.cancel)
+
+    def _start(self, message: node_pb2.SequenceRequest, lease: int, runnable: bool) -> SequenceRequest:
+        request = sequence_from_message(message)
+        self._node.received.append(request)
+        self._node.leases.append(lease)
+        if self._node.faults.refuse is not None:
+            self._fail(request, self._node.faults.refuse)
+        elif not self._node.faults.silent:
+            self.active[request.key] = EchoSequence(request, len(request.emitted_ids), runnable)
+        return request
+
+    def _fail(self, request: SequenceRequest, error: BatonError) -> None:
+        code = grpc.StatusCode[error.status].value[0]
+        detail = error_to_message(error)
+        self._unsaid.errors.append(node_pb2.SequenceError(request_id=request.request_id, attempt=request.attempt, error=detail, code=code))
+
+    def _cancel(self, message: node_pb2.Cancel) -> None:
+        self._node.cancelled.append((message.request_id, message.attempt))
+        for key in [key for key in self.active if key[0] == message.request_id and key[1] <= message.attempt]:
+            del self.active[key]
+
+    async def _talk(self, context: Context) -> None:
+        while True:
+            self._step()
+            if not self._node.faults.mute:
+                self._unsaid.load.CopyFrom(self._node.load())
+                event, self._unsaid = self._unsaid, node_pb2.NodeEvent()
+                await context.write(event)
+            await asyncio.sleep(self._node.step_s)
+            if not any(sequence.runnable for sequence in self.active.values()):
+                await self._rest()
+
+    async def _rest(self) -> None:
+        self._work.clear()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._work.wait(), self._node.beat_s)
+
+    def _step(self) -> None:
+        for key, sequence in tuple(self.active.items()):
+            if sequence.runnable and self._survives(sequence):
+                event = self._next(sequence)
+                self._say(sequence, event)
+                if event.finish_reason is not None or self._node.role == "prefill":
+                    del self.active[key]
+
+    def _survives(self, sequence: EchoSequence) -> bool:
+        faults = self._node.faults
+        if faults.die_at == sequence.next_index:
+            faults.die_at = None
+            raise ConnectionError("died on purpose")
+        if faults.fail_at is not None and faults.fail_at[0] == sequence.next_index:
+            error, faults.fail_at = faults.fail_at[1], None
+            del self.active[sequence.request.key]
+            self._fail(sequence.request, error)
+            return False
+        return True
+
+    def _next(self, sequence: EchoSequence) -> TokenEvent:
+        request, index = sequence.request, sequence.next_index
+        sequence.next_index += 1
+        token_id = echo_id(request, index)
+        wanted = request.sampling.num_logprobs
+        top = ((token_id, ECHO_LOGPROB),) if wanted else ()
+        return TokenEvent(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            output_index=index,
+            token_ids=(token_id,),
+            logprobs=() if wanted is None else (TokenLogprob(token_id, ECHO_LOGPROB, top),),
+            finish_reason=request.sampling.finish(index + 1, token_id),
+            cached_tokens=0 if self._node.role == "prefill" else None,
+        )
+
+    def _say(self, sequence: EchoSequence, event: TokenEvent) -> None:
+        said = [event]
+        if self._node.faults.stutter:
+            sequence.first = sequence.first or event
+            said = [sequence.first, event, event]
+        self._unsaid.tokens.extend(token_event_to_message(item) for item in said)
+
+
+class PrefillService(node_pb2_grpc.PrefillNodeServicer):
+    """baton.v1.PrefillNode of an echo node."""
+
+    def __init__(self, node: EchoNode) -> None:
+        self._node = node
+
+    async def Control(self, commands: AsyncIterator[node_pb2.PrefillCommand], context: Context) -> None:
+        """One router's stream."""
+        await Session(self._node).run(commands, context)
+
+
+class DecodeService(node_pb2_grpc.DecodeNodeServicer):
+    """baton.v1.DecodeNode of an echo node."""
+
+    def __init__(self, node: EchoNode) -> None:
+        self._node = node
+
+    async def Control(self, commands: AsyncIterator[node_pb2.DecodeCommand], context: Context) -> None:
+        """One router's stream."""
+        await Session(self._node).run(commands, context)

@@ -1,0 +1,106 @@
+"""Tiny seeded checkpoints of every architecture, as transformers saves them: tokenizer, chat template and generation config included.
+
+Weights are large enough for varied greedy output, and norms and biases are no ones and zeros, so that a missing one is noticed.
+"""
+
+import pydoc_data.topics
+from functools import cache
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+ARCHITECTURES = ("llama", "llama_tied", "qwen2", "qwen3", "qwen3_moe")
+VOCAB = 512
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+PAD_ID, _, EOS_ID = range(3)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.15,
+    "bos_token_id": None,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": PAD_ID,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "mlp_only_layers": [1], "num_hidden_layers": 3}
+
+
+def make_tiny(arch: str, out: Path, dtype: str = "float32", seed: int = 0, max_shard_size: str = "1GB") -> Path:
+    """Write a checkpoint of `arch`, one of ARCHITECTURES, into the directory `out` and return it.
+
+    llama has a head of its own and biases, llama_tied a tied head and Llama 3.1's rope; qwen3_moe has 8 experts, 3 per token, in
+    layers 0 and 2. max_shard_size: e.g. "100KB" for a checkpoint of several files.
+    """
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(arch), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    model.to(getattr(torch, dtype)).save_pretrained(out, max_shard_size=max_shard_size)
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tokenizer()),
+        eos_token=SPECIAL[EOS_ID],
+        pad_token=SPECIAL[PAD_ID],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=SHAPE["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(out)
+    return out
+
+
+def tiny_config(arch: str) -> PreTrainedConfig:
+    """The configuration that make_tiny uses."""
+    configs = {
+        "llama": lambda: LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+        "llama_tied": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
+        "qwen2": lambda: Qwen2Config(**SHAPE),
+        "qwen3": lambda: Qwen3Config(**SHAPE, tie_word_embeddings=True),
+        "qwen3_moe": lambda: Qwen3MoeConfig(**{**SHAPE, **EXPERTS}, norm_topk_prob=True),
+    }
+    return configs[arch]()
+
+
+@cache
+def _tokenizer() -> str:
+    """A byte-level BPE of VOCAB tokens, as JSON; the special tokens have the ids 0, 1 and 2."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(list(pydoc_data.topics.topics.values())[:8], trainer)
+    assert tokenizer.get_vocab_size() == VOCAB
+    return tokenizer.to_str()
