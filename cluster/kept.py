@@ -48,6 +48,7 @@ class KeptCluster:
         self._show_logs = show_logs
         self._home = make_home()
         self._process: subprocess.Popen[str] | None = None
+        self._family: dict[int, psutil.Process] = {}
         self._reader: threading.Thread | None = None
         self._events: queue.Queue[Event | None] = queue.Queue()
         self._pending: dict[int, Future[Any]] = {}
@@ -94,6 +95,8 @@ class KeptCluster:
         limit_s = self._config.ray.ready_s + _EXTRA_START_S
         while True:
             event = self._next(limit_s)
+            assert self._process is not None
+            self._note_family(self._process.pid)
             if isinstance(event, Ready):
                 return event.info
             if isinstance(event, Failed):
@@ -136,17 +139,23 @@ class KeptCluster:
         """Take everything down and wait until no process of the cluster is left. Safe to call twice."""
         process, self._process = self._process, None
         if process is not None:
-            family = _family(process.pid)
+            self._note_family(process.pid)
             _hang_up(process)
             try:
                 process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-            _end(family)
+            _end(list(self._family.values()))
             process.wait(_KILL_S)
             assert self._reader is not None
             self._reader.join(_KILL_S)
         remove_home(self._home)
+
+    def _note_family(self, keeper: int) -> None:
+        """Remember every process below the keeper: should it be killed, some of Ray's would stay for a minute."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(keeper).children(recursive=True):
+                self._family.setdefault(process.pid, process)
 
     def _next(self, timeout_s: float) -> Event:
         try:
@@ -209,13 +218,6 @@ def _hang_up(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
-
-
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
 
 
 def _end(processes: list[psutil.Process]) -> None:

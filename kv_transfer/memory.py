@@ -49,7 +49,7 @@ class MemoryReads:
         """Add one part to `ticket` and copy; the part ends by its bytes, the deadline, a stop, or a check that fails."""
         copy = _Copy(self, spans, check, deadline, ticket)
         self._copies.add(copy)
-        ticket.add_part(copy.stop)
+        ticket.add_part(copy.end)
         if self._closed is not None:
             copy.end(self._closed)
         self._thread.work(copy.slices())
@@ -85,45 +85,39 @@ class _Copy:
         self._check = check
         self._deadline = deadline
         self._ticket = ticket
-        self._stopped: BatonError | None = None
         self._over = False
 
-    def stop(self, error: BatonError) -> None:
-        """End before the next slice."""
-        self._stopped = self._stopped or error
-
     def slices(self) -> Iterator[None]:
-        """The work; between two steps the thread serves others."""
+        """The work; between two steps the thread serves others, and may end this."""
         try:
-            self._proceed()
-            self._reads.verify(self._check)
+            if self._proceeds():
+                self._reads.verify(self._check)
             for part in sliced(self._spans):
+                if not self._proceeds():
+                    return
                 move(part, self._reads.view.data, self._reads.target)
                 yield
-                self._proceed()
-            self._reads.verify(self._check)
+            if self._proceeds():
+                self._reads.verify(self._check)
+                self.end(None)
         except BatonError as error:
             self.end(error)
-        else:
-            self.end(None)
 
     def end(self, error: BatonError | None) -> None:
-        """Report to the ticket, once; nothing is copied after it."""
+        """Report to the ticket, once. Called on the thread that copies, so nothing is copied after it."""
         if self._over:
             return
         self._over = True
-        self._stopped = self._stopped or error
         self._reads.ended(self)
         if error is None:
             self._ticket.end_part(self._spans.total_bytes)
         else:
             self._ticket.fail_part(error)
 
-    def _proceed(self) -> None:
-        if self._stopped is not None:
-            raise self._stopped
-        if self._deadline.passed():
-            raise DeadlineExceeded("the blocks were not read in time", stage="pull")
+    def _proceeds(self) -> bool:
+        if not self._over and self._deadline.passed():
+            self.end(DeadlineExceeded("the blocks were not read in time", stage="pull"))
+        return not self._over
 
 
 def sliced(spans: Spans) -> Iterator[Spans]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Callable
 from typing import Any, Self
 
 from baton.deadline import Deadline
 from baton.errors import BatonError, DeadlineExceeded, NodeLost, Unavailable
 from kv_transfer.tcp_frame import REPLY, TRAILER, Request, Status, chunked, split, unpack_reply, unpack_trailer
 from kv_transfer.tcp_socket import Iovec, receive, send, tune
-from kv_transfer.thread import READ, WRITE, TransferThread
+from kv_transfer.thread import READ, WRITE, Timer, TransferThread
 from kv_transfer.transport import Check, Export, Spans, Ticket
 
 NUM_LANES = 2
@@ -52,7 +51,7 @@ class TcpDestination:
             lane = self._lanes[self._turn % NUM_LANES]
             self._turn += 1
             for portion in chunked(share):
-                lane.add(_Part(self._thread, self._export.nonce, portion, check, deadline, ticket, self._target))
+                lane.add(_Part(lane, self._export.nonce, portion, check, ticket, self._target), deadline)
 
     def close(self, error: BatonError) -> None:
         """See Destination."""
@@ -63,11 +62,11 @@ class TcpDestination:
 class _Part:
     """One request and where its answer goes. Ends once: by its trailer, its deadline, a stop, or its connection."""
 
-    def __init__(
-        self, thread: TransferThread, nonce: bytes, spans: Spans, check: Check, deadline: Deadline, ticket: Ticket, target: memoryview
-    ) -> None:
+    def __init__(self, lane: _Lane, nonce: bytes, spans: Spans, check: Check, ticket: Ticket, target: memoryview) -> None:
         self.frame = Request(nonce, spans.source, spans.nbytes, check).pack()
         self.nbytes = spans.total_bytes
+        self._lane = lane
+        self._timer: Timer | None = None
         self._reply = bytearray(REPLY.size)
         self._trailer = bytearray(TRAILER.size)
         self._spans = spans
@@ -75,13 +74,16 @@ class _Part:
         self._ticket = ticket
         self._in_body = False
         self.expecting = Iovec([memoryview(self._reply)])
-        self._timer = thread.at(deadline, lambda: self.stopped(DeadlineExceeded("the blocks were not read in time", stage="pull")))
         self.over = False
-        self.stopped: Callable[[BatonError], None] = self.fail  # set by the lane that carries it
 
-    def enlist(self) -> None:
-        """Become a part of the ticket: from here on it must end."""
-        self._ticket.add_part(lambda error: self.stopped(error))
+    def enlist(self, timer: Timer) -> None:
+        """Become a part of the ticket: from here on it must end, at the latest when the timer stops it."""
+        self._timer = timer
+        self._ticket.add_part(self.stop)
+
+    def stop(self, error: BatonError) -> None:
+        """End it from outside."""
+        self._lane.stop(self, error)
 
     def advance(self) -> bool:
         """What was expected has arrived: True if that was all. Raises the source's refusal."""
@@ -106,7 +108,8 @@ class _Part:
 
     def _finish(self) -> bool:
         first, self.over = not self.over, True
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self.expecting = Iovec([])
         return first
 
@@ -126,11 +129,11 @@ class _Lane:
         self._starting = False
         self._closed: BatonError | None = None
 
-    def add(self, part: _Part) -> None:
-        """Carry a part when its turn comes."""
-        part.stopped = lambda error: self._stop(part, error)
+    def add(self, part: _Part, deadline: Deadline) -> None:
+        """Carry a part when its turn comes, until the deadline."""
         self._waiting.append(part)
-        part.enlist()
+        late = DeadlineExceeded("the blocks were not read in time", stage="pull")
+        part.enlist(self._thread.at(deadline, lambda: part.stop(late)))
         if self._closed is not None:
             part.fail(self._closed)
         self._next()
@@ -216,7 +219,8 @@ class _Lane:
     def _break(self, error: OSError) -> None:
         self._refused(NodeLost(f"source rank {self._export.rank} at {self._export.tcp_address} is gone: {error}", stage="pull"))
 
-    def _stop(self, part: _Part, error: BatonError) -> None:
+    def stop(self, part: _Part, error: BatonError) -> None:
+        """End a part; if it is under way, with its connection."""
         if part is self._active:
             self._active = None
             self._disconnect()

@@ -14,11 +14,6 @@ from kv_transfer.tcp_frame import REQUEST, Request, RequestHeader, Status, pack_
 from kv_transfer.tcp_socket import Iovec, receive, send, tune
 from kv_transfer.thread import READ, WRITE, Timer, TransferThread
 
-MAX_CONNECTIONS = 1024
-FRAME_S = 5.0  # a request, once begun, arrives within this
-STALL_S = 30.0  # a reader takes at least one byte within this
-
-
 @dataclass(slots=True)
 class TcpCounts:
     """What has happened on one source, for metrics."""
@@ -34,12 +29,24 @@ class TcpCounts:
 class TcpSource:
     """Listens for readers of one pool. Lives on the transfer thread; `close` ends the listener and every connection.
 
-    A connection is made by a reader's connect and ends when the reader closes it, sends a frame that makes no sense or none in time,
-    takes nothing for STALL_S, or with us. At most MAX_CONNECTIONS; more are closed at once.
+    A connection is made by a reader's connect and ends when the reader closes it, sends a frame that makes no sense or does not end
+    within frame_s, takes not one byte for stall_s, or with us. At most max_connections; more are closed at once.
     """
 
-    def __init__(self, thread: TransferThread, pool: Pool, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        thread: TransferThread,
+        pool: Pool,
+        host: str = "127.0.0.1",
+        *,
+        max_connections: int = 1024,
+        frame_s: float = 5.0,
+        stall_s: float = 30.0,
+    ) -> None:
         self.counts = TcpCounts()
+        self.frame_s = frame_s
+        self.stall_s = stall_s
+        self._max_connections = max_connections
         self.thread = thread
         self.view = pool.view
         self.nonce = pool.nonce
@@ -71,7 +78,7 @@ class TcpSource:
         return Status.OK if right else Status.STALE
 
     def _accept(self, sock: socket.socket) -> None:
-        if len(self._connections) >= MAX_CONNECTIONS:
+        if len(self._connections) >= self._max_connections:
             sock.close()
         else:
             self.counts.connections += 1
@@ -130,7 +137,7 @@ class _Connection:
 
     def _begin_frame(self) -> None:
         if self._timer is None and (self._header is not None or self._iovec.left_bytes < REQUEST.size):
-            self._timer = self._source.thread.at(Deadline.after(FRAME_S), self.close)
+            self._timer = self._source.thread.at(Deadline.after(self._source.frame_s), self.close)
 
     def _answer(self, request: Request) -> None:
         self._quiet()
@@ -176,7 +183,7 @@ class _Connection:
 
     def _await_progress(self) -> None:
         self._moved = False
-        self._timer = self._source.thread.at(Deadline.after(STALL_S), self._judge_progress)
+        self._timer = self._source.thread.at(Deadline.after(self._source.stall_s), self._judge_progress)
 
     def _judge_progress(self) -> None:
         if self._moved:

@@ -145,6 +145,8 @@ class Ticket:
             return self.future.result(deadline.left_s())
         except FutureTimeout:
             raise DeadlineExceeded("the read has not ended in time", stage="pull") from None
+        finally:
+            del self  # as Future.result does: else the error and this frame keep each other, and the frames of all callers
 
     def abort(self, error: BatonError | None = None) -> None:
         """Stop the read from any thread; the future then fails with `error` (default Cancelled) once quiesced."""
@@ -191,7 +193,8 @@ class Ticket:
         if self._error is None:
             self.future.set_result(self._bytes)
         else:
-            self.future.set_exception(self._error)
+            # Without its traceback, whose frames would keep the source's mapping as long as somebody keeps the error.
+            self.future.set_exception(self._error.with_traceback(None))
 
 
 class Source(Protocol):

@@ -225,7 +225,8 @@ class Dispatcher:
             turn = self._waiting[received.inside_id] = asyncio.get_running_loop().create_future()
             self._show_load()
             try:
-                await asyncio.wait_for(turn, received.deadline.left_s())
+                async with asyncio.timeout(received.deadline.left_s()):
+                    await turn
             except TimeoutError:
                 queued = self._admission.num_queued
                 raise DeadlineExceeded(f"the deadline passed in the router's queue, {queued} wait", stage="admission") from None

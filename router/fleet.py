@@ -117,7 +117,8 @@ class Fleet:
     async def changed(self, timeout_s: float | None) -> bool:
         """Wait until a group or pair may have changed; False if that took too long. None: the caller has a deadline of its own."""
         try:
-            await asyncio.wait_for(self._changed.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # not wait_for: in Python 3.11 that can swallow a cancellation
+                await self._changed.wait()
         except TimeoutError:
             return False
         return True

@@ -164,10 +164,12 @@ class NodeLink:
 
     async def _stay_connected(self) -> None:
         retry_s = _FIRST_RETRY_S
-        while not self._closed:
+        while True:
             error = await self._one_stream()
-            was_up = self.up and not self._closed
+            was_up = self.up
             self._outbox = None
+            if self._closed:
+                return
             if was_up:
                 retry_s = _FIRST_RETRY_S
                 log.warning("lost %s: %s", error.node, error)

@@ -136,9 +136,13 @@ class HttpFront:
         declared = request.headers.get("content-length", "0")
         self._check_length(int(declared) if declared.isdecimal() else 0)
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            self._check_length(len(body))
+        try:
+            async with asyncio.timeout(self._slow_client_s):
+                async for part in request.stream():
+                    body += part
+                    self._check_length(len(body))
+        except TimeoutError as error:
+            raise InvalidRequest(f"the body did not arrive within {self._slow_client_s:g} s") from error
         return bytes(body)
 
     def _check_length(self, length: int) -> None:
@@ -174,7 +178,10 @@ def create_app(
     max_n: int = 128,
     slow_client_s: float = 60.0,
 ) -> FastAPI:
-    """The ASGI application. With api_keys, every route but /health and /metrics asks for one."""
+    """The ASGI application. With api_keys, every route but /health and /metrics asks for one.
+
+    slow_client_s: how long a client may take to send its body, or leave its stream unread, before it is given up.
+    """
     front = HttpFront(router, model_name, api_keys, max_body_bytes, Limits(max_n=max_n), slow_client_s)
     app = FastAPI(openapi_url=None)
     guarded = APIRouter(dependencies=[Depends(front.authenticate)])

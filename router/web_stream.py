@@ -27,7 +27,10 @@ Numbered = tuple[int, Chunk]
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; if the client goes away first, `work` is cancelled and awaited, and ClientDisconnect raised."""
+    """The result of `work`; if the client goes away first, `work` is cancelled and awaited, and ClientDisconnect raised.
+
+    `work` brings a deadline of its own: every request has one.
+    """
     task = asyncio.create_task(work)
     watch = asyncio.create_task(_disconnect(receive))
     try:

@@ -7,7 +7,7 @@ tensor-parallel group where that is smaller. They are made in this order on ever
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -128,13 +128,13 @@ class Rendezvous:
 class Groups:
     """The collectives of one rank. Blocking, for the step thread; every wait ends within the timeout given at connect.
 
-    After an error the groups are unusable: the node is rebuilt. Raises NodeLost then. Ended by `close`.
+    After an error, and after `close`, the groups are unusable and every method raises NodeLost: the node is rebuilt.
     """
 
     def __init__(self, placement: Placement, domain: Collectives | None, tp: Collectives | None) -> None:
         self._placement = placement
-        self._domain = domain
-        self._tp = tp
+        self._members = domain, tp
+        self._closed = False
 
     @classmethod
     def alone(cls) -> Groups:
@@ -166,18 +166,20 @@ class Groups:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of x over the tensor-parallel group, in place and equal on all its ranks, bit for bit."""
-        if self._tp is not None and x.numel():
-            self._wait(self._tp.allreduce([x]), "all-reduce")
+        tp = self._tp
+        if tp is not None and x.numel():
+            self._run(tp, "all-reduce", lambda group: group.allreduce([x]))
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[n, ...] on every rank of the tensor-parallel group -> [tp_size, n, ...]."""
-        if self._tp is None:
+        tp = self._tp
+        if tp is None:
             return x.unsqueeze(0)
         gathered = x.new_empty((self._placement.tp_size, *x.shape))
         if x.numel():
             source = x.contiguous().view(torch.uint8)
-            self._wait(self._tp.allgather([list(gathered.view(torch.uint8).unbind(0))], [source]), "all-gather")
+            self._run(tp, "all-gather", lambda group: group.allgather([list(gathered.view(torch.uint8).unbind(0))], [source]))
         return gathered
 
     def broadcast(self, vector: Int64 | None) -> Int64:
@@ -185,18 +187,18 @@ class Groups:
 
         A first message carries the length and as much as fits, a second one the rest, if any.
         """
-        if self._tp is None:
+        tp = self._tp
+        if tp is None:
             assert vector is not None
             return vector
         head = torch.zeros(_HEAD_WORDS, dtype=torch.int64)
         if vector is not None:
             head[0] = len(vector)
             head[1 : len(vector) + 1] = torch.from_numpy(vector[: _HEAD_WORDS - 1])
-        self._wait(self._tp.broadcast(head, 0), "broadcast")
-        return self._broadcast_rest(head, vector)
+        self._run(tp, "broadcast", lambda group: group.broadcast(head, 0))
+        return self._broadcast_rest(tp, head, vector)
 
-    def _broadcast_rest(self, head: torch.Tensor, vector: Int64 | None) -> Int64:
-        assert self._tp is not None
+    def _broadcast_rest(self, tp: Collectives, head: torch.Tensor, vector: Int64 | None) -> Int64:
         length = int(head[0])
         first = head[1 : min(length + 1, _HEAD_WORDS)].numpy()
         if length < _HEAD_WORDS:
@@ -204,44 +206,64 @@ class Groups:
         rest = torch.empty(length + 1 - _HEAD_WORDS, dtype=torch.int64)
         if vector is not None:
             rest.copy_(torch.from_numpy(vector[_HEAD_WORDS - 1 :]))
-        self._wait(self._tp.broadcast(rest, 0), "broadcast")
+        self._run(tp, "broadcast", lambda group: group.broadcast(rest, 0))
         return np.concatenate([first, rest.numpy()])
 
     def exchange_sizes(self, size: int) -> list[int]:
         """Every domain rank's size, by domain rank."""
-        if self._domain is None:
+        domain = self._domain
+        if domain is None:
             return [size]
         sizes = torch.empty(self._placement.domain_size, dtype=torch.int64)
         mine = torch.tensor([size], dtype=torch.int64)
-        self._wait(self._domain.allgather([list(sizes.unsqueeze(1).unbind(0))], [mine]), "size exchange")
+        self._run(domain, "size exchange", lambda group: group.allgather([list(sizes.unsqueeze(1).unbind(0))], [mine]))
         return [int(value) for value in sizes]
 
     def exchange_counts(self, send: Sequence[int]) -> list[int]:
         """send[i] rows will go to domain rank i; the answer says how many come from each."""
-        if self._domain is None:
+        domain = self._domain
+        if domain is None:
             return list(send)
         ones = [1] * self._placement.domain_size
         received = torch.empty(len(ones), dtype=torch.int64)
-        self._wait(self._domain.alltoall_base(received, torch.tensor(send, dtype=torch.int64), ones, ones), "count exchange")
+        self._run(domain, "count exchange", lambda group: group.alltoall_base(received, torch.tensor(send, dtype=torch.int64), ones, ones))
         return [int(value) for value in received]
 
     def all_to_all(self, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]) -> torch.Tensor:
         """Send rows [sum(send), width] in runs, one to each domain rank; returns [sum(receive), width], in order of rank."""
-        if self._domain is None:
+        domain = self._domain
+        if domain is None:
             return rows
         received = rows.new_empty((sum(receive), rows.shape[1]))
         raw = [received.view(torch.uint8), rows.contiguous().view(torch.uint8)]
-        self._wait(self._domain.alltoall_base(raw[0], raw[1], list(receive), list(send)), "all-to-all")
+        self._run(domain, "all-to-all", lambda group: group.alltoall_base(raw[0], raw[1], list(receive), list(send)))
         return received
 
     def close(self) -> None:
-        """Close the connections; peers in a collective get an error."""
-        for group in {id(group): group for group in (self._tp, self._domain) if group is not None}.values():
-            group.shutdown()
-        self._tp = self._domain = None
+        """Leave: peers in a collective get an error. From any thread; a collective under way here ends by itself, in time."""
+        if not self._closed:
+            self._closed = True
+            for group in {id(group): group for group in self._members if group is not None}.values():
+                group.shutdown()
+            self._members = None, None
 
-    def _wait(self, work: Work, what: str) -> None:
+    @property
+    def _domain(self) -> Collectives | None:
+        self._check_open()
+        return self._members[0]
+
+    @property
+    def _tp(self) -> Collectives | None:
+        self._check_open()
+        return self._members[1]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise NodeLost(f"the groups of rank {self._placement.rank} are closed")
+
+    def _run(self, group: Collectives, what: str, start: Callable[[Collectives], Work]) -> None:
+        """Holds `group` until the collective has ended: gloo's destructor waits for it, and must not do so in `close`."""
         try:
-            work.wait()
+            start(group).wait()
         except RuntimeError as error:
             raise NodeLost(f"{what} of rank {self._placement.rank} failed, its group is lost: {error}") from error

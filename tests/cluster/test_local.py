@@ -130,24 +130,6 @@ def test_two_private_rays_live_side_by_side_and_leave_nothing(monkeypatch: pytes
     assert set(os.listdir("/dev/shm")) <= shm_before
 
 
-@pytest.mark.relay
-def test_a_killed_owner_takes_its_ray_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    with short_tmp() as tmp:
-        monkeypatch.setattr("tempfile.tempdir", str(tmp))
-        home = make_home()
-        process = start(home)
-        assert process.stdout is not None and process.stdin is not None
-        with process.stdout, process.stdin:
-            process.stdout.readline()
-            footprint = Footprint(tmp)
-            footprint.see(process.pid)
-            process.kill()
-            process.wait(30)
-        footprint.assert_dead()
-        remove_home(home)
-        footprint.assert_gone()
-
-
 def exposed(pid: int) -> list[str]:
     """Listening sockets of a process tree that other machines could reach."""
     found = []
@@ -159,14 +141,10 @@ def exposed(pid: int) -> list[str]:
 
 
 def assert_needs_token(address: str) -> None:
-    program = f"import ray; ray.init(address={address!r}, configure_logging=False)"
-    intruder = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert intruder.returncode != 0
-    assert "InvalidAuthToken" in intruder.stderr or "Unauthenticated" in intruder.stderr
+    program = f"import ray; ray.init(address={address!r}, configure_logging=False); print('got in')"
+    environ = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    with pytest.raises((subprocess.TimeoutExpired, subprocess.CalledProcessError)) as kept_out:  # Ray tries again and again
+        subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, timeout=12, check=True)
+    assert isinstance(kept_out.value, subprocess.TimeoutExpired | subprocess.CalledProcessError)
+    assert b"InvalidAuthToken" in (kept_out.value.stderr or b"")
+    assert b"got in" not in (kept_out.value.stdout or b"")

@@ -1,10 +1,11 @@
 """The decode scheduler against a memory that remembers what was written where: right content, one writer, nothing lost."""
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from baton.engine.batch import Sampled
 from baton.engine.blocks import BlockPool, blocks_for
@@ -323,7 +324,7 @@ class DecodeMachine(RuleBasedStateMachine):
     one of an undisturbed run.
     """
 
-    @initialize(num_blocks=st.integers(8, 20), max_sequences=st.integers(1, 4), reserve_output_tokens=st.sampled_from([1, 4, 100]))
+    @initialize(num_blocks=st.integers(7, 14), max_sequences=st.integers(1, 4), reserve_output_tokens=st.sampled_from([1, 4, 100]))
     def make(self, num_blocks, **limits):
         self.group = Group(num_blocks, age_limit=2, **limits)
         self.limits = limits
@@ -338,11 +339,16 @@ class DecodeMachine(RuleBasedStateMachine):
     def scheduler(self):
         return self.group.scheduler
 
-    @rule(prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14), max_tokens=st.integers(1, 14), stops=st.booleans())
-    def add(self, prompt, max_tokens, stops):
-        self.num_added += 1
-        request = ask(f"r{self.num_added}", prompt, max_tokens=max_tokens, stop_token_ids=(STOP,) if stops else ())
-        self.send(request)
+    @rule(
+        prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), min_size=1, max_size=3),
+        max_tokens=st.integers(1, 14),
+        stops=st.booleans(),
+    )
+    def add(self, prompts, max_tokens, stops):
+        for prompt in prompts:
+            self.num_added += 1
+            self.send(ask(f"r{self.num_added}", prompt, max_tokens=max_tokens, stop_token_ids=(STOP,) if stops else ()))
+        self.admit()
 
     def send(self, request):
         try:
@@ -353,7 +359,6 @@ class DecodeMachine(RuleBasedStateMachine):
         self.attempts[request.request_id] = request.attempt
         self.emitted.setdefault(request.request_id, [])
 
-    @rule()
     def admit(self):
         for admitted in self.scheduler.admit():
             self.pulls[admitted.request_id, admitted.attempt] = admitted
@@ -362,22 +367,32 @@ class DecodeMachine(RuleBasedStateMachine):
         keys = sorted(self.pulls)
         return keys[which % len(keys)]
 
-    @precondition(lambda self: self.pulls)
-    @rule(which=st.integers(0, 9), count=st.integers(1, 3))
+    @rule(which=st.integers(0, 9), counts=st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    def pull_some(self, which, counts):
+        for count in counts:
+            if self.pulls:
+                self.pull(which, count)
+
     def pull(self, which, count):
         key = self.pulling(which)
         if self.group.pull(self.pulls[key], count):
+            hypothesis.event("pulled")
             del self.pulls[key]
             self.deliver([self.group.start(key)])
 
-    @precondition(lambda self: not self.planned)
-    @rule(blocked=st.sets(st.integers(0, 9), max_size=2))
+    @rule(halves=st.integers(1, 9), blocked=st.sets(st.integers(0, 9), max_size=2))
+    def run(self, halves, blocked):
+        """Steps; an odd number of halves leaves one between plan and apply, or ends there."""
+        for _ in range(halves):
+            self.apply() if self.planned else self.plan(blocked)
+
     def plan(self, blocked=frozenset()):
         keys = sorted(self.attempts.items())
         batch = self.group.plan({keys[i] for i in blocked if i < len(keys)})
         assert batch.num_sequences <= self.limits["max_sequences"]
         self.planned = True
         for request_id, attempt in self.scheduler.take_suspended():
+            hypothesis.event("suspended")
             self.pulls.pop((request_id, attempt), None)
             self.group.tables.pop((request_id, attempt), None)
             assert self.attempts[request_id] == attempt
@@ -388,11 +403,10 @@ class DecodeMachine(RuleBasedStateMachine):
         new = SequenceRequest(request_id, old.attempt + 1, old.prompt_ids, old.sampling, tuple(self.emitted[request_id]))
         self.send(new)
 
-    @precondition(lambda self: self.planned)
-    @rule()
     def apply(self):
         self.deliver(self.scheduler.apply(self.group.drawn()))
         self.planned = False
+        self.admit()
 
     def deliver(self, events):
         for event in events:
@@ -404,21 +418,25 @@ class DecodeMachine(RuleBasedStateMachine):
                 assert emitted == stream(self.group.requests[event.request_id, event.attempt])
                 del self.emitted[event.request_id], self.attempts[event.request_id]
 
-    @precondition(lambda self: self.attempts)
     @rule(which=st.integers(0, 9), quarantine=st.booleans())
     def cancel(self, which, quarantine):
-        key = sorted(self.attempts.items())[which % len(self.attempts)]
+        if not self.attempts:
+            return
+        keys = sorted(self.group.tables if quarantine and self.group.tables else self.attempts.items())
+        key = keys[which % len(keys)]
         landing = quarantine and self.scheduler.stage(key) is Stage.PULLING
+        hypothesis.event("quarantined" if landing else "cancelled")
         assert self.scheduler.cancel(*key, quarantine=quarantine)
         self.quarantined |= {key} if landing else set()
         self.pulls.pop(key, None)
         self.group.tables.pop(key, None)
         del self.attempts[key[0]], self.emitted[key[0]]
 
-    @precondition(lambda self: self.quarantined)
     @rule()
     def quiesce(self):
-        self.scheduler.quiesced(self.quarantined.pop())
+        if self.quarantined:
+            self.scheduler.quiesced(self.quarantined.pop())
+            self.admit()
 
     @invariant()
     def pool_is_sound(self):
@@ -452,4 +470,4 @@ class DecodeMachine(RuleBasedStateMachine):
 
 
 TestDecode = DecodeMachine.TestCase
-TestDecode.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestDecode.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

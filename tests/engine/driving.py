@@ -1,6 +1,6 @@
 """Drives a Runner through uneven chunks, mixed batches and scattered blocks; in this process, or in one per rank over gloo.
 
-What comes out must not depend on any of it: `expected` asks transformers for the same.
+What comes out must not depend on any of it. Imports no transformers, which rank processes would pay for.
 """
 
 import multiprocessing
@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
 
 from baton.engine.batch import Batch, Row, SampleRow
 from baton.engine.kv_cache import KVCache, KVShape
@@ -108,34 +106,6 @@ def follow(runner: Runner) -> None:
     """Take part until the domain sleeps."""
     while not runner.step(None).asleep:
         pass
-
-
-def expected(model_dir: Path, wanted: Sequence[Ask], dtype: torch.dtype = torch.float32) -> list[Tokens]:
-    """What transformers generates."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, experts_implementation="eager").eval()
-    return [_generate(model, ask) for ask in wanted]
-
-
-def _generate(model: Any, ask: Ask) -> Tokens:
-    prompt = torch.tensor([ask.prompt])
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        eos_token_id=None,
-        max_new_tokens=ask.num_tokens,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    tokens = out.sequences[0, len(ask.prompt) :].tolist()
-    return [(token, float(logits[0].float().log_softmax(-1)[token])) for token, logits in zip(tokens, out.logits, strict=True)]
-
-
-def assert_equal(got: Sequence[Tokens], want: Sequence[Tokens]) -> None:
-    """The same tokens, and logprobs within 1e-4."""
-    assert [[token for token, _ in tokens] for tokens in got] == [[token for token, _ in tokens] for tokens in want]
-    for mine, theirs in zip(got, want, strict=True):
-        np.testing.assert_allclose([p for _, p in mine], [p for _, p in theirs], atol=1e-4, rtol=0)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from baton.engine.parallel import Groups, Placement
-from tests.engine.driving import NUM_BLOCKS, asks, assert_equal, expected, lead, make_runner
+from tests.engine.driving import NUM_BLOCKS, asks, lead, make_runner
+from tests.engine.golden import assert_equal, expected
 from tests.tiny_models import ARCHITECTURES, make_tiny
 
 Tiny = Callable[[str], Path]

@@ -1,9 +1,11 @@
 """Who holds what adds up; ranks in processes of their own, over gloo, compute what one rank computes; a lost peer is an error in time."""
 
-import multiprocessing
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 
 from baton.engine.parallel import Groups, Placement, Rendezvous
 from baton.errors import ConfigError, NodeLost
-from tests.engine.driving import Job, asks, assert_equal, expected, run_jobs
+from tests.engine.driving import Job, asks, run_jobs
+from tests.engine.golden import assert_equal, expected
 from tests.tiny_models import ARCHITECTURES
 
 Tiny = Callable[[str], Path]
@@ -103,24 +106,64 @@ def test_alone_collectives_give_back_what_they_got() -> None:
     assert groups.all_to_all(x, groups.exchange_counts([3]), [3]) is x
 
 
-def test_a_lost_peer_is_an_error_and_no_hang() -> None:
-    meeting = Rendezvous("127.0.0.1", 30.0)
-    peer = multiprocessing.get_context("spawn").Process(target=join_and_leave, args=(meeting.port,), daemon=True)
-    peer.start()
-    groups = Groups.connect(Placement.of(0, 2), "127.0.0.1", meeting.port, 30.0)
-    long = torch.arange(2000).numpy()
-    assert groups.broadcast(long) is not None
-    peer.join(30.0)
-    with pytest.raises(NodeLost, match="all-reduce of rank 0 failed"):
-        groups.all_reduce(torch.ones(4))
-    groups.close()
+@pytest.fixture
+def pair() -> Iterator[tuple[Groups, Groups, ThreadPoolExecutor]]:
+    """The groups of two ranks, and two step threads; collectives give up after two seconds."""
+    meeting = Rendezvous("127.0.0.1", 2.0)
+    with ThreadPoolExecutor(2) as threads:
+        joining = [threads.submit(Groups.connect, Placement.of(rank, 2), "127.0.0.1", meeting.port, 2.0) for rank in range(2)]
+        first, second = (future.result(30.0) for future in joining)
+        yield first, second, threads
+    first.close()
+    second.close()
     meeting.close()
 
 
-def join_and_leave(port: int) -> None:
-    """The peer: gets a broadcast longer than one message, and is gone."""
-    groups = Groups.connect(Placement.of(1, 2), "127.0.0.1", port, 30.0)
-    assert groups.broadcast(None).tolist() == list(range(2000))
+Pair = tuple[Groups, Groups, ThreadPoolExecutor]
+
+
+@pytest.mark.parametrize("length", [0, 1, 510, 511, 512, 5000])
+def test_a_broadcast_of_any_length_arrives(length: int, pair: Pair) -> None:
+    leader, follower, threads = pair
+    heard = threads.submit(follower.broadcast, None)
+    vector = np.arange(length)
+    assert leader.broadcast(vector).tolist() == heard.result(30.0).tolist() == vector.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_collectives_take_any_dtype_and_uneven_splits(dtype: torch.dtype, pair: Pair) -> None:
+    def exchange(groups: Groups, rank: int) -> tuple[list[float], list[list[float]], list[int]]:
+        send = [[1, 2], [0, 3]][rank]
+        receive = groups.exchange_counts(send)
+        rows = torch.full((sum(send), 2), 10.0 * rank, dtype=dtype) + torch.arange(sum(send), dtype=dtype)[:, None]
+        got = groups.all_to_all(rows, send, receive)[:, 0].tolist()
+        assert got == groups.all_to_all(rows[:, :1], send, receive)[:, 0].tolist(), "a view that is not contiguous"
+        gathered = groups.all_gather(groups.all_reduce(torch.full((3,), rank + 1.0, dtype=dtype)) * (rank + 1)).tolist()
+        return got, gathered, groups.exchange_sizes(rank + 5)
+
+    other = pair[2].submit(exchange, pair[1], 1)
+    assert exchange(pair[0], 0) == ([0.0], [[3.0] * 3, [6.0] * 3], [5, 6])
+    assert other.result(30.0) == ([1.0, 2.0, 10.0, 11.0, 12.0], [[3.0] * 3, [6.0] * 3], [5, 6])
+
+
+def test_a_lost_peer_is_an_error(pair: Pair) -> None:
+    pair[1].close()
+    with pytest.raises(NodeLost, match="all-reduce of rank 0 failed"):
+        pair[0].all_reduce(torch.ones(4))
+
+
+def test_groups_can_be_closed_while_a_step_waits_for_a_stopped_peer(pair: Pair) -> None:
+    groups, _, threads = pair
+    step = threads.submit(groups.all_reduce, torch.ones(4))
+    while not step.running():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    groups.close()
+    assert not step.done(), "close has waited for the collective"
+    with pytest.raises(NodeLost):
+        step.result(30.0)
+    with pytest.raises(NodeLost, match="closed"):
+        groups.exchange_sizes(1)
 
 
 def test_a_peer_that_never_comes_is_an_error() -> None:

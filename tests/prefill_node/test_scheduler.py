@@ -1,10 +1,11 @@
 """The prefill scheduler against a memory that remembers what was written where: right content, one writer, nothing lost."""
 
+import hypothesis
 import numpy as np
 import pytest
-from hypothesis import event, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from baton.engine.batch import Sampled
 from baton.engine.blocks import BlockPool, blocks_for
@@ -54,7 +55,9 @@ class Node:
                 context = self.content(batch.block_tables[s].tolist(), int(batch.context_lens[s]))
                 tokens.append(self.model(context))
         count = len(tokens)
-        return Sampled(np.array(tokens, np.int64), np.zeros(count, np.float32), np.zeros((count, 0), np.int64), np.zeros((count, 0), np.float32))
+        return Sampled(
+            np.array(tokens, np.int64), np.zeros(count, np.float32), np.zeros((count, 0), np.int64), np.zeros((count, 0), np.float32)
+        )
 
     @staticmethod
     def model(context):
@@ -157,7 +160,7 @@ def test_the_youngest_unaccepted_lease_makes_room_and_is_computed_again():
     node = Node(num_blocks=6)
     for i in range(2):
         node.scheduler.add(ask(f"{i}", [i] * 8), lease=i + 1)
-    first, announced, _ = node.run()
+    first, _, _ = node.run()
     node.scheduler.add(ask("wanted", [7] * 16), lease=3)
     assert node.scheduler.make_room() == (), "it is not accepted either"
     node.scheduler.accept(3)
@@ -296,10 +299,6 @@ def test_refusals_name_the_numbers():
 WHICH = st.integers(0, 9)
 
 
-def leases_known(machine):
-    return bool(machine.leased)
-
-
 class PrefillMachine(RuleBasedStateMachine):
     """Requests, pulls, cancels and steps in any order, also between plan and apply."""
 
@@ -342,52 +341,44 @@ class PrefillMachine(RuleBasedStateMachine):
         self.requests[request.key] = request
         self.leased |= {number: request} if leased else {}
 
-    def pick(self, which):
-        return sorted(self.leased)[which % len(self.leased)]
+    @rule(which=WHICH, how=st.sampled_from(["accept", "open", "close", "close", "release", "expire", "cancel"]))
+    def hear_of_a_lease(self, which, how):
+        if how == "close":
+            self.close()
+        elif self.leased:
+            getattr(self, how)(sorted(self.leased)[which % len(self.leased)])
 
-    @precondition(leases_known)
-    @rule(which=WHICH)
-    def accept(self, which):
-        self.accept_lease(self.pick(which))
-
-    def accept_lease(self, number):
+    def accept(self, number):
         self.scheduler.accept(number)
         self.accepted.add(number)
 
-    @precondition(leases_known)
-    @rule(which=WHICH)
-    def open(self, which):
-        number = self.pick(which)
+    def open(self, number):
         self.scheduler.opened(number)
         self.accepted.add(number)
         self.pulls[number] = self.pulls.get(number, 0) + 1
 
-    @precondition(lambda self: self.pulls)
-    @rule(which=WHICH)
-    def close(self, which):
-        number = sorted(self.pulls)[which % len(self.pulls)]
-        self.scheduler.closed(number)
-        self.pulls[number] -= 1
-        if not self.pulls[number]:
-            del self.pulls[number]
-            if number in self.ending:
-                self.over(number)
+    def close(self):
+        for number in tuple(self.pulls)[:1]:
+            self.scheduler.closed(number)
+            self.pulls[number] -= 1
+            if not self.pulls[number]:
+                del self.pulls[number]
+                if number in self.ending:
+                    self.over(number)
 
-    @precondition(leases_known)
-    @rule(which=WHICH, how=st.sampled_from(["release", "expire", "cancel"]))
-    def end(self, which, how):
-        number = self.pick(which)
-        if how == "release":
-            self.scheduler.release(number)
+    def release(self, number):
+        self.scheduler.release(number)
+        self.over(number)
+
+    def expire(self, number):
+        if self.scheduler.expire(number):
             self.over(number)
-        elif how == "expire":
-            if self.scheduler.expire(number):
-                self.over(number)
-            else:
-                self.give_up(number)
         else:
-            for ended in self.scheduler.cancel(*self.leased[number].key):
-                self.give_up(ended)
+            self.give_up(number)
+
+    def cancel(self, number):
+        for ended in self.scheduler.cancel(*self.leased[number].key):
+            self.give_up(ended)
 
     def over(self, number):
         self.leased.pop(number, None)
@@ -402,18 +393,15 @@ class PrefillMachine(RuleBasedStateMachine):
         else:
             self.over(number)
 
-    @precondition(lambda self: not self.planned)
-    @rule(steps=st.integers(1, 4))
-    def step(self, steps):
-        for _ in range(steps):
-            self.plan()
-            self.apply()
+    @rule(halves=st.integers(1, 9))
+    def run(self, halves):
+        """Steps; an odd number of halves leaves one between plan and apply, or ends there."""
+        for _ in range(halves):
+            self.apply() if self.planned else self.plan()
 
-    @precondition(lambda self: not self.planned)
-    @rule()
     def plan(self):
         for lease in self.scheduler.make_room():
-            event("revoked")
+            hypothesis.event("revoked")
             assert lease not in self.accepted
             self.announced.pop(lease)
             self.events.pop(self.leased[lease].key)
@@ -422,8 +410,6 @@ class PrefillMachine(RuleBasedStateMachine):
         assert batch.num_sequences <= self.limits["max_sequences"]
         self.planned = True
 
-    @precondition(lambda self: self.planned)
-    @rule()
     def apply(self):
         outcome = self.scheduler.apply(self.node.drawn())
         self.planned = False
@@ -435,6 +421,8 @@ class PrefillMachine(RuleBasedStateMachine):
             assert event.cached_tokens % SIZE == 0
         for announced in outcome.announcements:
             self.check_announcement(announced)
+            if announced.final and announced.final.finish_reason and self.pulls.get(announced.lease):
+                self.ending.add(announced.lease)
         for number in outcome.ended:
             self.over(number)
 
@@ -472,20 +460,19 @@ class PrefillMachine(RuleBasedStateMachine):
         if self.planned:
             self.apply()
         while self.pulls:
-            self.close(0)
+            self.close()
         for number in self.leased:
-            self.accept_lease(number)
+            self.accept(number)
         for _ in range(2 * len(self.requests) * 30):
             if self.scheduler.idle():
                 break
             self.plan()
             self.apply()
             for number in [n for n, request in self.leased.items() if request.key in self.events]:
-                self.scheduler.release(number)
-                self.over(number)
+                self.release(number)
         assert self.scheduler.idle(), "a prompt waits for ever"
         assert self.node.pool.counts().idle()
 
 
 TestPrefill = PrefillMachine.TestCase
-TestPrefill.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestPrefill.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

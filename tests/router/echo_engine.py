@@ -26,13 +26,14 @@ class EchoEngine:
         self.is_ready = True
         self.requests: list[GenerateRequest] = []
         self.ended: list[tuple[str, str]] = []
-        self.something_ended = asyncio.Event()
+        self._changed = asyncio.Event()
         self._faults = faults
         self._metrics = RouterMetrics()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Every choice repeats the prompt's ids, again and again, until max_tokens, a stop id or a stop string."""
         self.requests.append(request)
+        self._changed.set()
         outcome = "cancelled"
         try:
             async with aclosing(self._steps(request, self._prompt_ids(request))) as chunks:
@@ -44,7 +45,13 @@ class EchoEngine:
             raise
         finally:
             self.ended.append((request.request_id, outcome))
-            self.something_ended.set()
+            self._changed.set()
+
+    async def until(self, num_requests: int, num_ended: int) -> None:
+        """Wait until so many requests have come, and so many of them have ended."""
+        while len(self.requests) < num_requests or len(self.ended) < num_ended:
+            self._changed.clear()
+            await self._changed.wait()
 
     def ready(self) -> bool:
         """As told."""

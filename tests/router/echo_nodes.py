@@ -226,7 +226,8 @@ class Session:
     async def _rest(self) -> None:
         self._work.clear()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._work.wait(), self._node.beat_s)
+            async with asyncio.timeout(self._node.beat_s):
+                await self._work.wait()
 
     def _step(self) -> None:
         for key, sequence in tuple(self.active.items()):

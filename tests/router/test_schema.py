@@ -243,7 +243,7 @@ def test_what_is_no_json_of_text_and_numbers(body, message):
 
 def test_a_surrogate_pair_is_text():
     assert read_json(b'{"a": "\\ud83d\\ude42"}') == {"a": "🙂"}
-    with pytest.raises(InvalidRequest, match="temperature: .*finite"):
+    with pytest.raises(InvalidRequest, match=r"temperature: .*finite"):
         parse(CompletionBody, b'{"prompt": "x", "temperature": 1e999}')
 
 

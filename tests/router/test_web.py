@@ -232,17 +232,14 @@ async def test_one_failing_prompt_ends_the_others(http, engine):
 
 @pytest.mark.parametrize("body", [{"prompt": "forever"}, {"prompt": ["forever", "forever"]}, {"prompt": "forever", "stream": True}])
 async def test_a_client_that_leaves_cancels_its_request(url, engine, body):
+    num_prompts = 2 if isinstance(body["prompt"], list) else 1
     async with httpx.AsyncClient(base_url=url, timeout=30) as leaving:
         request = asyncio.create_task(leaving.post("/v1/completions", json=body))
-        while len(engine.requests) < (2 if isinstance(body["prompt"], list) else 1):
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)
+        await engine.until(num_requests=num_prompts, num_ended=0)
         assert engine.ended == []
         request.cancel()
         await asyncio.wait([request])
-    while len(engine.ended) < len(engine.requests):
-        engine.something_ended.clear()
-        await asyncio.wait_for(engine.something_ended.wait(), 10)
+    await engine.until(num_requests=num_prompts, num_ended=num_prompts)
     assert {how for _, how in engine.ended} == {"cancelled"}
 
 
@@ -254,8 +251,18 @@ async def test_a_client_that_does_not_read_is_cancelled(engine):
             stuck.connect((host, int(port)))
             body = json.dumps({"text": "x " * 100, "sampling_params": {"max_new_tokens": 10**6, "ignore_eos": True}, "stream": True})
             stuck.sendall(f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-            await asyncio.wait_for(engine.something_ended.wait(), 60)
+            await engine.until(num_requests=1, num_ended=1)
     assert [how for _, how in engine.ended] == ["cancelled"]
+
+
+async def test_a_body_that_does_not_arrive_is_given_up(engine):
+    async with running(engine, slow_client_s=0.2) as url:
+        reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
+        answer = (await reader.read()).decode()  # to the end: the connection is closed as well
+        writer.close()
+    assert answer.startswith("HTTP/1.1 400") and "did not arrive within 0.2 s" in answer
+    assert engine.requests == []
 
 
 async def test_keys(engine):
@@ -359,8 +366,7 @@ async def test_stopping_ends_a_request_that_would_not_end(engine):
     async with httpx.AsyncClient(timeout=30) as http:
         server, port = await serve(create_app(engine, model_name="echo"), "127.0.0.1", 0, grace_s=1)
         request = asyncio.create_task(http.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "forever"}))
-        while not engine.requests:
-            await asyncio.sleep(0.01)
+        await engine.until(num_requests=1, num_ended=0)
         await server.stop()
         await asyncio.wait([request])
     assert [how for _, how in engine.ended] == ["cancelled"]

@@ -1,0 +1,78 @@
+"""One router process: dispatcher, gRPC server and HTTP server in one event loop. Knows how they start and end, not what they do."""
+
+from __future__ import annotations
+
+import asyncio
+
+from baton.config import BatonConfig
+from baton.errors import DeadlineExceeded
+from baton.rpc import Health, bind, make_server
+from baton.tokenizer import Tokenizer
+from router.dispatch import Dispatcher
+from router.service import add_services
+from router.web import WebServer, create_app, serve
+
+GRACE_S = 2.0
+
+
+class RouterServer:
+    """Owner: whoever calls `start`; it must call `stop`, also after a failed `start`."""
+
+    def __init__(self, config: BatonConfig) -> None:
+        self._config = config
+        self._dispatcher: Dispatcher | None = None
+        self._grpc = make_server(config.router.max_body_bytes)
+        self._web: WebServer | None = None
+        self._health: asyncio.Task[None] | None = None
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """What serves the requests, once started."""
+        assert self._dispatcher is not None, "start() comes first"
+        return self._dispatcher
+
+    async def start(self) -> dict[str, str]:
+        """Load the tokenizer and listen; {"http": "host:port", "grpc": "host:port"}. ConfigError for a taken port or a bad checkpoint."""
+        config, router = self._config, self._config.router
+        tokenizer = await asyncio.to_thread(Tokenizer.load, config.model)
+        self._dispatcher = Dispatcher(config, tokenizer)
+        health = add_services(self._grpc, self._dispatcher, router.api_keys, router.slow_client_s)
+        grpc_port = bind(self._grpc, router.host, router.grpc_port)
+        await self._grpc.start()
+        app = create_app(
+            self._dispatcher,
+            model_name=config.name,
+            api_keys=router.api_keys,
+            max_body_bytes=router.max_body_bytes,
+            max_n=router.max_n,
+            slow_client_s=router.slow_client_s,
+        )
+        self._web, http_port = await serve(app, router.host, router.http_port)
+        self._dispatcher.start()
+        self._health = asyncio.create_task(self._show_health(health), name="health")
+        return {"http": f"{router.host}:{http_port}", "grpc": f"{router.host}:{grpc_port}"}
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Return once a pair is proven; DeadlineExceeded says how things stand if none is by then."""
+        if not await self.dispatcher.wait_ready(timeout_s):
+            registry = self.dispatcher.fleet.registry
+            reasons = "; ".join(f"{pair.name}: {pair.refusal or pair.last_error}" for pair in registry.pairs() if not pair.usable)
+            raise DeadlineExceeded(f"not ready after {timeout_s:g} s: {registry.summary()}. {reasons}", stage="router")
+
+    async def stop(self) -> None:
+        """End all requests and close all ports."""
+        if self._health is not None:
+            self._health.cancel()
+            await asyncio.wait([self._health])
+        await asyncio.gather(self._grpc.stop(GRACE_S), self._stop_web())
+        if self._dispatcher is not None:
+            await self._dispatcher.close()
+
+    async def _stop_web(self) -> None:
+        if self._web is not None:
+            await self._web.stop()
+
+    async def _show_health(self, health: Health) -> None:
+        while True:
+            await health.set_serving(self.dispatcher.ready())
+            await self.dispatcher.fleet.changed(None)

@@ -1,0 +1,139 @@
+"""Groups and pairs as state: who may work with whom, when a proof ends, and what draining and losses do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.request import BlockCounts
+from router.heard import GroupLoad, Hello, Layout, PullReport
+from router.registry import Group, GroupState, Registry, Role, refusal
+
+LAYOUT = Layout(("block", "layer", "part", "head", "slot", "dim"), 16, 2, 64, "bfloat16", 28, 4)
+BUSY = GroupLoad(running_sequences=1, blocks=BlockCounts(8, 7, 0, 1, 0))
+
+
+def hello(node: str, group: int = 0, life: int = 1, **changes: object) -> Hello:
+    return replace(Hello(node, group, bytes([life]) * 16, 1, "abc123", "bfloat16", 4096, LAYOUT), **changes)
+
+
+def joined(registry: Registry, role: Role, node: str, **changes: object) -> Group:
+    group = registry.add(role, f"{node}:1")
+    registry.joined(group, hello(node, **changes), GroupLoad())
+    return group
+
+
+def test_a_pair_is_usable_once_both_have_joined_and_it_is_proven() -> None:
+    registry = Registry()
+    prefill = joined(registry, Role.PREFILL, "prefill-0")
+    decode = registry.add(Role.DECODE, "decode-0:1")
+    (pair,) = registry.pairs()
+    assert not pair.reachable
+    registry.joined(decode, hello("decode-0", 1), GroupLoad())
+    assert (pair.name, pair.reachable, pair.usable) == ("prefill-0 → decode-0/1", True, False)
+    pair.proven = True
+    assert list(registry.usable()) == [pair]
+    registry.lost(prefill)
+    assert not pair.usable
+    registry.joined(prefill, hello("prefill-0"), GroupLoad())
+    assert pair.usable, "the same life needs no new proof"
+    registry.joined(prefill, hello("prefill-0", life=2), GroupLoad())
+    assert pair.reachable and not pair.usable
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"protocol_version": 2}, "protocol version: 1 there, 2 here"),
+        ({"model_fingerprint": "def456"}, "model: abc123 there, def456 here"),
+        ({"dtype": "float32"}, "dtype: bfloat16 there, float32 here"),
+        ({"layout": replace(LAYOUT, block_size=128)}, "block size: 16 there, 128 here"),
+        ({"layout": replace(LAYOUT, axes=("block", "layer", "part", "slot", "head", "dim"))}, "part/slot/head/dim here"),
+        ({"layout": replace(LAYOUT, head_dim=128)}, "head_dim: 64 there, 128 here"),
+        ({"layout": replace(LAYOUT, model_num_layers=2)}, "layers: 28 there, 2 here"),
+        ({"layout": replace(LAYOUT, model_num_kv_heads=8)}, "KV heads: 4 there, 8 here"),
+        ({"layout": replace(LAYOUT, num_parts=1)}, "KV parts: 2 there, 1 here"),
+        ({"layout": replace(LAYOUT, dtype="float8")}, "KV dtype: bfloat16 there, float8 here"),
+    ],
+)
+def test_a_refusal_says_what_differs_and_how(changes: dict[str, object], words: str) -> None:
+    registry = Registry()
+    joined(registry, Role.PREFILL, "prefill-0")
+    joined(registry, Role.DECODE, "decode-0", **changes)
+    (pair,) = registry.pairs()
+    assert words in pair.refusal
+    assert not pair.reachable
+    registry.joined(pair.decode, hello("decode-0", life=3), GroupLoad())
+    assert pair.reachable, "a new life is compared anew"
+
+
+def test_what_may_differ_does_not_matter() -> None:
+    assert refusal(hello("prefill-0"), hello("decode-0", 3, life=9, max_model_len=128, transfer_address="x:1")) == ""
+
+
+def test_draining_takes_no_new_work_and_outlives_a_reconnect() -> None:
+    registry = Registry()
+    joined(registry, Role.PREFILL, "prefill-0")
+    decode = joined(registry, Role.DECODE, "decode-0")
+    assert registry.drain("decode-0") == (decode,)
+    assert registry.drain("nobody") == ()
+    assert decode.state is GroupState.DRAINING
+    registry.lost(decode)
+    registry.joined(decode, hello("decode-0", life=2), GroupLoad())
+    assert decode.state is GroupState.DRAINING
+
+
+def test_a_node_may_drain_by_itself_and_come_back() -> None:
+    registry = Registry()
+    group = joined(registry, Role.DECODE, "decode-0")
+    registry.loaded(group, replace(BUSY, draining=True))
+    assert group.state is GroupState.DRAINING and not group.idle
+    registry.loaded(group, GroupLoad())
+    assert group.ready and group.idle
+    registry.lost(group)
+    registry.loaded(group, GroupLoad())
+    assert group.state is GroupState.GONE, "a late load does not bring a lost node back"
+
+
+def test_what_was_sent_counts_until_the_next_word() -> None:
+    registry = Registry()
+    group = joined(registry, Role.DECODE, "decode-0")
+    group.sent_sequences, group.sent_tokens = 2, 50
+    assert not group.idle
+    registry.loaded(group, GroupLoad())
+    assert (group.sent_sequences, group.sent_tokens) == (0, 0)
+
+
+def test_pulls_add_up() -> None:
+    group = Group("decode-0:1", Role.DECODE)
+    for _ in range(2):
+        group.pulls = group.pulls.plus(PullReport("r", 1, 3, 1, 4096, 0.5, 0.25, "shm"))
+    assert (group.pulls.pulls, group.pulls.blocks_pulled, group.pulls.bytes_pulled, group.pulls.seconds) == (2, 6, 8192, 1.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "remove"]), st.sampled_from(list(Role)), st.integers(0, 3)), max_size=30))
+def test_there_is_a_pair_for_every_two_groups_and_no_other(steps: list[tuple[str, Role, int]]) -> None:
+    registry = Registry()
+    for what, role, number in steps:
+        if what == "add":
+            registry.add(role, f"{role}:{number}")
+        else:
+            registry.remove(f"{role}:{number}")
+    by_role = {role: [group for group in registry.groups() if group.role is role] for role in Role}
+    expected = {(prefill, decode) for prefill in by_role[Role.PREFILL] for decode in by_role[Role.DECODE]}
+    assert {(pair.prefill, pair.decode) for pair in registry.pairs()} == expected
+    assert len(registry.pairs()) == len(expected)
+    assert registry.max_model_len() is None
+
+
+def test_the_shortest_ready_group_limits_the_cluster() -> None:
+    registry = Registry()
+    joined(registry, Role.PREFILL, "prefill-0", max_model_len=2048)
+    short = joined(registry, Role.DECODE, "decode-0", max_model_len=512)
+    assert registry.max_model_len() == 512
+    registry.lost(short)
+    assert registry.max_model_len() == 2048
+    assert registry.summary().startswith("1 of 1 prefill nodes and 0 of 1 decode groups are ready; 0 of 1 pairs")
