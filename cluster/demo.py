@@ -29,12 +29,12 @@ from ranks.facts import RankCounts
 
 MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
 _PROMPTS = (
-    'def read_config(path):\n    """',
-    "class Queue:\n    def __init__(self, maxsize=0):\n",
-    "The with statement is used to",
-    "import os\nimport sys\n\ndef main():\n",
-    'def parse_header(line):\n    """Parse a header line and return',
-    "A function definition defines a user-defined function object",
+    'import os\n\ndef read_config(path, encoding="utf-8"):\n    """Read a configuration file and return',
+    "class Queue:\n    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n\n    def put(self, item):\n",
+    "The with statement is used to wrap the execution of a block with methods defined by a context manager.",
+    "import sys\nimport argparse\n\ndef main(argv=None):\n    parser = argparse.ArgumentParser(",
+    'def parse_header(line):\n    """Parse a header line of the form "name: value" and return',
+    "A function definition defines a user-defined function object. A function definition is an executable statement.",
 )
 _SAMPLING: Options = {"max_tokens": 96, "min_tokens": 16, "temperature": 0.7, "top_p": 0.9, "timeout_s": 60.0}
 _IDLE_S = 15.0

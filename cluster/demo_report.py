@@ -99,11 +99,11 @@ def _pulls(status: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _requests(stories: Sequence[Story]) -> Table:
-    table = Table("prompt", "first token", "tokens", "tokens/s", "end", "served by", title="requests", title_justify="left")
+    table = _table("prompt", "first token", "tokens", "per s", "end", "served by")
     for story in stories:
         first_ms = f"{story.first_s * 1000:.0f} ms" if story.first_s is not None else "-"
         end = story.finish_reason.value if story.finish_reason else "none"
-        beginning = story.prompt.split("\n")[0][:28]
+        beginning = story.prompt.split("\n")[0][:20]
         table.add_row(beginning, first_ms, str(story.num_tokens), f"{story.tokens_per_s():.0f}", end, " → ".join(story.served_by))
     return table
 
@@ -115,13 +115,20 @@ def _speed(stories: Sequence[Story]) -> str:
 
 
 def _ranks(info: ClusterInfo, counts: Sequence[RankCounts]) -> Table:
-    table = Table("rank", "pid", "steps", "CPU s", "blocks", "free", "cached", "held", "quarantined", "leases", "pulls")
-    table.title, table.title_justify = "processes", "left"
+    table = _table("process", "pid", "steps", "CPU s", "blocks: free + cached + held + quarantined", "leases", "pulls")
     for rank in counts:
-        blocks = (rank.total, rank.free, rank.cached, rank.held, rank.quarantined, rank.open_leases, rank.open_pulls)
-        shown = [str(value) for value in blocks] if rank.leader else ["as its leader", *[""] * (len(blocks) - 1)]
+        blocks = f"{rank.free} + {rank.cached} + {rank.held} + {rank.quarantined} = {rank.total}"
+        shown = [blocks, str(rank.open_leases), str(rank.open_pulls)] if rank.leader else ["as its leader says"]
         table.add_row(f"{rank.node}/{rank.rank}", str(rank.pid), str(rank.steps), f"{rank.cpu_seconds:.1f}", *shown)
-    table.add_row("router", str(info.router_pid), *[""] * 9)
+    table.add_row("router", str(info.router_pid))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """Narrow enough for 80 columns."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     return table
 
 

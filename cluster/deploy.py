@@ -27,7 +27,7 @@ _NAMESPACE = "baton-"
 def up(config: BatonConfig, name: str, *, show_logs: bool = False) -> int:
     """Launch a detached cluster; prints one line with its addresses. Raises ConfigError if `name` is taken, else as Cluster.up does."""
     with first_signal_interrupts(), _connected(config.ray.address, name, show_logs=show_logs):
-        if _actor_names(name):
+        if _actor_names(name) or _groups():
             raise ConfigError(
                 f"a cluster named {name!r} is already up; take it down with `baton down --name {name}`, or choose another name"
             )
@@ -56,10 +56,11 @@ def print_report(router: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
     """The router's view and the ranks', as tables."""
     console = Console()
     console.print(router.get("summary", ""), highlight=False, markup=False)
-    table = Table("rank", "pid", "blocks", "free", "cached", "held", "quarantined", "leases", "pulls", "steps", box=None)
+    table = Table("rank", "pid", "free + cached + held + quarantined", "leases", "pulls", "steps", box=None, pad_edge=False)
     for rank in ranks:
-        blocks = [str(rank[key]) for key in ("total", "free", "cached", "held", "quarantined", "open_leases", "open_pulls", "steps")]
-        table.add_row(f"{rank['node']}/{rank['rank']}", str(rank["pid"]), *blocks)
+        blocks = f"{rank['free']} + {rank['cached']} + {rank['held']} + {rank['quarantined']} = {rank['total']}"
+        counted = [blocks if rank["leader"] else "as its leader says", *(str(rank[key]) for key in ("open_leases", "open_pulls", "steps"))]
+        table.add_row(f"{rank['node']}/{rank['rank']}", str(rank["pid"]), *counted)
     console.print(table)
 
 
@@ -85,22 +86,37 @@ async def _launch(config: BatonConfig) -> Any:
     return cluster.info()
 
 
-def _actor_names(name: str) -> list[str]:
-    """Live named actors of one cluster."""
+def _named_actors() -> list[dict[str, str]]:
     import ray
 
     listed: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
-    return sorted(actor["name"] for actor in listed if actor["namespace"] == _NAMESPACE + name)
+    return listed
+
+
+def _actor_names(name: str) -> list[str]:
+    """Live named actors of one cluster."""
+    return sorted(actor["name"] for actor in _named_actors() if actor["namespace"] == _NAMESPACE + name)
+
+
+def _groups() -> list[Any]:
+    """Placement groups of the connected cluster: also those whose actors never came to be."""
+    from ray.util.placement_group import get_placement_group, placement_group_table
+
+    found = []
+    for entry in placement_group_table().values():
+        if entry["state"] != "REMOVED" and entry["name"]:
+            with contextlib.suppress(ValueError):  # another cluster's: names are looked up within the namespace
+                found.append(get_placement_group(entry["name"]))
+    return found
 
 
 def _existing(name: str) -> list[str]:
-    import ray
-
-    if names := _actor_names(name):
+    names = _actor_names(name)
+    if names or _groups():
         return names
-    listed: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
-    known = sorted({actor["namespace"].removeprefix(_NAMESPACE) for actor in listed if actor["namespace"].startswith(_NAMESPACE)})
-    raise NotFound(f"no cluster named {name!r} is up on this Ray cluster" + (f"; there are: {', '.join(known)}" if known else ""))
+    namespaces = {actor["namespace"] for actor in _named_actors() if actor["namespace"].startswith(_NAMESPACE)}
+    known = ", ".join(sorted(namespace.removeprefix(_NAMESPACE) for namespace in namespaces))
+    raise NotFound(f"no cluster named {name!r} is up on this Ray cluster" + (f"; there are: {known}" if known else ""))
 
 
 async def _ask_router() -> dict[str, Any]:
@@ -122,15 +138,13 @@ async def _ask_ranks(names: list[str]) -> list[dict[str, Any]]:
 
 
 async def _end(names: list[str]) -> None:
-    from ray.util.placement_group import get_placement_group, remove_placement_group
-
     from cluster.calls import end_actor
     from cluster.launch import FRONT
+    from cluster.placement import release_all
 
     for first in (True, False):  # the router first: it ends the requests
         await asyncio.gather(*(end_actor(_actor(name)) for name in names if (name == FRONT) is first))
-    for node in {name.split("/")[0] for name in names if name != FRONT}:
-        remove_placement_group(get_placement_group(node))
+    release_all(_groups())
 
 
 def _actor(name: str) -> Any:

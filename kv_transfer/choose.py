@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -24,8 +23,6 @@ _NETWORK = Path("/proc/self/ns/net")
 
 def host_id() -> str:
     """Equal for processes that can meet at an abstract Unix socket: one kernel, one network namespace, one user."""
-    if not _BOOT_ID.exists():
-        return f"{socket.gethostname()}/{os.getuid()}"
     return f"{_BOOT_ID.read_text().strip()}/{_NETWORK.stat().st_ino}/{os.getuid()}"
 
 

@@ -81,8 +81,7 @@ class Pull:
     async def __aenter__(self) -> Self:
         self._call = self._stub.Pull()
         try:
-            await self._write(transfer_pb2.PullRequest(open=self._opening))
-            await self._expect("queued")
+            await self._ask(transfer_pb2.PullRequest(open=self._opening), "queued")
         except BaseException:
             self._call.cancel()
             raise
@@ -99,7 +98,11 @@ class Pull:
         """The next announcement; ends after the final one."""
         if self._complete:
             raise StopAsyncIteration
-        reply = await self._read(self._deadline)
+        try:
+            async with asyncio.timeout(self._deadline.left_s()):
+                reply = await self._read()
+        except TimeoutError as error:
+            raise DeadlineExceeded("the source has announced nothing in time", stage="pull", node=self._address) from error
         if reply.WhichOneof("reply") != "announcement":
             raise self._nonsense(reply)
         announced = _announced_of(reply.announcement)
@@ -108,41 +111,31 @@ class Pull:
 
     async def release(self) -> None:
         """All reads have ended well: the source may use the blocks again. Only after the final announcement; returns when it is agreed."""
-        await self._write(transfer_pb2.PullRequest(release=transfer_pb2.PullRelease(attempt=self._opening.attempt)))
-        await self._expect("released")
+        await self._ask(transfer_pb2.PullRequest(release=transfer_pb2.PullRelease(attempt=self._opening.attempt)), "released")
 
-    async def _expect(self, name: str) -> None:
-        """The peer's answer, within the handshake deadline."""
-        handshake = self._deadline.sooner(self._handshake_s)
-        try:
-            reply = await self._read(handshake)
-        except DeadlineExceeded as error:
-            if self._deadline.passed():
-                raise
-            message = f"{self._address} has not answered the Pull within {self._handshake_s} s"
-            raise NodeLost(message, stage="pull", node=self._address, cause="handshake") from error
-        if reply.WhichOneof("reply") != name:
-            raise self._nonsense(reply)
-
-    async def _write(self, request: transfer_pb2.PullRequest) -> None:
+    async def _ask(self, request: transfer_pb2.PullRequest, answer: str) -> None:
+        """Say something and be answered, both within the handshake deadline."""
         assert self._call is not None, "enter the Pull first"
         try:
             async with asyncio.timeout(self._deadline.sooner(self._handshake_s).left_s()):
-                # A call that is over says why when it is read, which always follows.
+                # A call that is over says why when it is read.
                 with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
                     await self._call.write(request)
+                reply = await self._read()
         except TimeoutError as error:
-            raise NodeLost(f"{self._address} takes no message", stage="pull", node=self._address, cause="handshake") from error
+            if self._deadline.passed():
+                raise DeadlineExceeded("no time left for the Pull", stage="pull", node=self._address) from error
+            message = f"{self._address} has not answered the Pull within {self._handshake_s} s"
+            raise NodeLost(message, stage="pull", node=self._address, cause="handshake") from error
+        if reply.WhichOneof("reply") != answer:
+            raise self._nonsense(reply)
 
-    async def _read(self, deadline: Deadline) -> transfer_pb2.PullReply:
+    async def _read(self) -> transfer_pb2.PullReply:
         assert self._call is not None, "enter the Pull first"
         try:
-            async with asyncio.timeout(deadline.left_s()):
-                reply = await self._call.read()
+            reply = await self._call.read()
         except grpc.RpcError as error:
             raise self._lost(error) from error
-        except TimeoutError as error:
-            raise DeadlineExceeded("the source has announced nothing in time", stage="pull", node=self._address) from error
         if not isinstance(reply, transfer_pb2.PullReply):
             raise NodeLost(f"{self._address} has closed the Pull", stage="pull", node=self._address)
         if reply.WhichOneof("reply") == "error":

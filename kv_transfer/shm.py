@@ -24,7 +24,6 @@ from kv_transfer.pool import Pool, View, map_readonly
 from kv_transfer.thread import READ, Timer, TransferThread
 from kv_transfer.transport import NONCE_BYTES, Check, Export, Spans, Ticket
 
-MAX_LINES = 1024
 HELLO_S = 2.0
 _ACCEPTED = b"\1"
 _PEER_CREDENTIALS = struct.Struct("3i")
@@ -33,11 +32,14 @@ _PEER_CREDENTIALS = struct.Struct("3i")
 class ShmSource:
     """Hands out a shared pool's memfd. Lives on the transfer thread; `close` ends it and every life line.
 
-    A line is made by a reader's connect and ends when the reader closes it, shows a wrong nonce or none within HELLO_S, or with us.
+    A line is made by a reader's connect and ends when the reader closes it, shows a wrong nonce or none within hello_s, or with us.
+    At most max_lines; more, and those of other users, are closed at once.
     """
 
-    def __init__(self, thread: TransferThread, pool: Pool) -> None:
+    def __init__(self, thread: TransferThread, pool: Pool, *, max_lines: int = 1024, hello_s: float = HELLO_S) -> None:
         assert pool.shared
+        self._max_lines = max_lines
+        self._hello_s = hello_s
         self._thread = thread
         self._pool = pool
         self._lines: dict[socket.socket, Timer] = {}  # the timer ends a line that stays silent
@@ -59,11 +61,11 @@ class ShmSource:
             self._drop(line)
 
     def _accept(self, sock: socket.socket) -> None:
-        if len(self._lines) >= MAX_LINES or _peer_uid(sock) != os.getuid():
+        if len(self._lines) >= self._max_lines or _peer_uid(sock) != os.getuid():
             sock.close()
             return
         sock.setblocking(False)
-        self._lines[sock] = self._thread.at(Deadline.after(HELLO_S), lambda: self._drop(sock))
+        self._lines[sock] = self._thread.at(Deadline.after(self._hello_s), lambda: self._drop(sock))
         self._thread.watch(sock, READ, lambda _: self._hello(sock))
 
     def _hello(self, sock: socket.socket) -> None:

@@ -14,6 +14,7 @@ from kv_transfer.tcp_frame import REQUEST, Request, RequestHeader, Status, pack_
 from kv_transfer.tcp_socket import Iovec, receive, send, tune
 from kv_transfer.thread import READ, WRITE, Timer, TransferThread
 
+
 @dataclass(slots=True)
 class TcpCounts:
     """What has happened on one source, for metrics."""

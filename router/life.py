@@ -68,7 +68,8 @@ class Dispatch:
     decode: SequenceRequest | None
 
 
-_LIVE = (Phase.IDLE, Phase.SENT, Phase.STREAMING)
+_UNDER_WAY = (Phase.SENT, Phase.STREAMING)
+_LIVE = (Phase.IDLE, *_UNDER_WAY)
 _NEXT: dict[tuple[Phase, Signal], Phase] = {
     (Phase.IDLE, Signal.DISPATCH): Phase.SENT,
     (Phase.SENT, Signal.TOKEN): Phase.STREAMING,
@@ -135,15 +136,16 @@ class SequenceLife:
 
     def redirect(self) -> SequenceRequest:
         """Another decode attempt on the lease of the last dispatch: it repeats that dispatch's first token like the one before."""
-        assert self._sent is not None and self.phase in (Phase.SENT, Phase.STREAMING)
+        assert self._sent is not None and self.phase in _UNDER_WAY
         decode = self._request(self._sent.prefill.emitted_ids)
         self._sent = Dispatch(self._sent.prefill, decode)
         return decode
 
     def lost(self, attempt: int) -> Loss:
         """What it means that `attempt` ended without a finish; changes nothing."""
-        if self.over or self.phase is Phase.IDLE or self._sent is None or attempt not in self._live_attempts():
+        if self.phase not in _UNDER_WAY or attempt not in self._live_attempts():
             return Loss.STALE
+        assert self._sent is not None
         if attempt == self._sent.prefill.attempt:
             return Loss.HARMLESS if self._decode_heard else Loss.WHOLE
         base = len(self._sent.prefill.emitted_ids)
@@ -151,7 +153,7 @@ class SequenceLife:
 
     def awaits_decode(self, attempt: int) -> bool:
         """Whether `attempt` is the decode attempt under way and has not made a token yet."""
-        decode = self._sent.decode if self._sent and self.phase in (Phase.SENT, Phase.STREAMING) else None
+        decode = self._sent.decode if self._sent and self.phase in _UNDER_WAY else None
         return decode is not None and decode.attempt == attempt and not self._decode_heard
 
     def setback(self) -> None:
@@ -171,7 +173,7 @@ class SequenceLife:
 
         Raises InternalError if a node broke the protocol: an index outside max_tokens, logprobs that do not match.
         """
-        if self.over or self.phase is Phase.IDLE or event.attempt not in self._live_attempts():
+        if self.phase not in _UNDER_WAY or event.attempt not in self._live_attempts():
             return None
         assert self._sent is not None
         self._check(event)
@@ -186,8 +188,7 @@ class SequenceLife:
         return SequenceRequest(self.request_id, self.attempt, self.prompt_ids, self.sampling, emitted_ids)
 
     def _live_attempts(self) -> tuple[int, ...]:
-        if self._sent is None:
-            return ()
+        assert self._sent is not None, "nothing is live before the first dispatch"
         decode = self._sent.decode
         return (self._sent.prefill.attempt,) if decode is None else (self._sent.prefill.attempt, decode.attempt)
 

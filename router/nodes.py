@@ -89,7 +89,6 @@ class NodeLink:
         self._incarnation = b""
         self._last_heard_s = 0.0
         self._owed: dict[str, node_pb2.Cancel] = {}
-        self._told_sources: set[bytes] = set()
         self._overflow = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
@@ -127,19 +126,20 @@ class NodeLink:
         """Tell a prefill node that a decode group has reserved room for the reader of this lease. Raises NodeLost."""
         self._send(accepted=node_pb2.DecodeAccepted(lease_number=lease_number))
 
-    def decode(self, sequence: SequenceRequest, source: NodeLink, lease_number: int, time_left_s: float) -> None:
-        """Have a decode group pull a lease of the prefill node `source` and generate. Raises NodeLost."""
+    def decode(self, sequence: SequenceRequest, source: NodeLink, lease_number: int, time_left_s: float, *, introduce: bool) -> None:
+        """Have a decode group pull a lease of the prefill node `source` and generate. Raises NodeLost.
+
+        introduce: say where the ranks of `source` can be read, which the group remembers from its first pull on.
+        """
         if source._hello is None:
             raise NodeLost(f"the prefill node at {source.address} is gone", stage="router", node=source.address)
-        incarnation = source._hello.incarnation
         request = node_pb2.DecodeRequest(
             sequence=sequence_to_message(sequence, time_left_s),
-            lease=node_pb2.LeaseId(prefill_incarnation=incarnation, number=lease_number),
+            lease=node_pb2.LeaseId(prefill_incarnation=source._hello.incarnation, number=lease_number),
             transfer_address=source._hello.transfer_address,
-            exports=() if incarnation in self._told_sources else source._hello.exports,
+            exports=source._hello.exports if introduce else (),
         )
         self._send(decode=request)
-        self._told_sources.add(incarnation)
 
     def cancel(self, request_id: str, attempt: int, reason: str) -> None:
         """End this attempt and all before it on the node; owed if there is no stream now."""
@@ -182,7 +182,7 @@ class NodeLink:
         error = NodeLost(f"the stream to {self._name} ended", node=self._name)
         call = self._open()
         outbox: asyncio.Queue[Command] = asyncio.Queue(MAX_QUEUED_COMMANDS)
-        self._outbox, self._told_sources, self._overflow, self._hello = outbox, set(), asyncio.Event(), None
+        self._outbox, self._overflow, self._hello = outbox, asyncio.Event(), None
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._write(call, outbox))

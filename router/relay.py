@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 FIRST_PAIR_PATIENCE_S = 5.0
 _FIRST_BACKOFF_S, _LAST_BACKOFF_S = 0.02, 1.0
+_LAST_WORD_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,10 @@ class Relay:
         """Take a node's word that an attempt ended there without a finish."""
         if self._told.get(group) == attempt:
             del self._told[group]
+        if isinstance(error, LeaseLost) and self.life.lost(attempt) is Loss.DECODE_ONLY:
+            # Prefill ends a lease when its first token ends the request: let that word, on another stream, arrive first.
+            asyncio.get_running_loop().call_later(_LAST_WORD_S, self._weigh, group, attempt, error)
+            return
         self._weigh(group, attempt, error)
 
     def on_lost(self, group: Group, error: NodeLost) -> None:
@@ -155,7 +160,8 @@ class Relay:
     def _send_decode(self, pair: Pair, sequence: SequenceRequest) -> None:
         source, link = self._fleet.link(pair.prefill), self._fleet.link(pair.decode)
         self._tell(pair.decode, sequence.attempt)
-        link.decode(sequence, source, self._lease, self._deadline.left_s())
+        # Until a pull has been through, nobody knows whether the group has kept the introduction: it may have dropped its request.
+        link.decode(sequence, source, self._lease, self._deadline.left_s(), introduce=not pair.proven)
 
     def _redirected(self, group: Group, error: BatonError) -> bool:
         """Have another decode group read the same lease: nothing is prefilled twice. False if that cannot be."""
@@ -178,13 +184,13 @@ class Relay:
         """Make ready for another dispatch, or raise the error if there is no sense in one."""
         self.life.setback()
         self._cancel_told(f"retry after {failure.error.cause}")
+        self._doubt(failure)
         if self._only or not failure.error.retryable:
             raise failure.error
         if isinstance(failure.error, ResourceExhausted):
             self._full.add(failure.group)
             if self.life.num_emitted == 0 and self._fleet.choose(self._num_tokens(), without=self._full) is None:
                 raise failure.error
-        self._doubt(failure)
         self._note_retry(failure)
         self._avoid = {failure.group}
         await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**self._num_failures, _LAST_BACKOFF_S))

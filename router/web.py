@@ -25,14 +25,16 @@ from baton.telemetry import CONTENT_TYPE
 from baton.tokenizer import Tokenizer
 from router.schema import ChatBody, CompletionBody, Limits, ModelCard, parse
 from router.schema_native import NativeBody
-from router.web_answers import Answer, Frame, Json, error_json, to_json
-from router.web_middleware import RequestIds, known_request_id
+from router.web_answers import AnswerFormat, Frame, Json, error_json, to_json
+from router.web_middleware import Exchanges, exchange_of
 from router.web_native import NativeAnswer
 from router.web_openai import ChatAnswer, CompletionAnswer, needs_prompt_ids
 from router.web_server import WebServer, serve
 from router.web_stream import EventStream, Numbered, alone, event_bytes, gathered, merged, unless_disconnected
 
 __all__ = ["Generates", "HttpFront", "WebServer", "create_app", "serve"]
+
+_DROPPED_BODIES = 4
 
 
 class Generates(Protocol):
@@ -82,21 +84,21 @@ class HttpFront:
         """POST /v1/completions."""
         body = parse(CompletionBody, await self._body(request))
         requests = body.requests(*self._identity(request), self._limits)
-        frame = await self._frame(f"cmpl-{known_request_id(request.scope)}", body.model, requests, needs_prompt_ids(body))
+        frame = await self._frame(f"cmpl-{exchange_of(request.scope).request_id}", body.model, requests, needs_prompt_ids(body))
         return await self._respond(request, requests, CompletionAnswer(frame, body), body.stream)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         body = parse(ChatBody, await self._body(request))
         requests = body.requests(*self._identity(request), self._limits)
-        frame = await self._frame(f"chatcmpl-{known_request_id(request.scope)}", body.model, requests, needs_prompt_ids(body))
+        frame = await self._frame(f"chatcmpl-{exchange_of(request.scope).request_id}", body.model, requests, needs_prompt_ids(body))
         return await self._respond(request, requests, ChatAnswer(frame, body), body.stream)
 
     async def native(self, request: Request) -> Response:
         """POST /generate."""
         body = parse(NativeBody, await self._body(request))
         requests = body.requests(*self._identity(request), self._limits)
-        frame = await self._frame(body.rid or known_request_id(request.scope), "", requests, body.stream)
+        frame = await self._frame(body.rid or exchange_of(request.scope).request_id, "", requests, body.stream)
         return await self._respond(request, requests, NativeAnswer(frame, body), body.stream)
 
     async def models(self) -> Response:
@@ -120,7 +122,7 @@ class HttpFront:
         """GET /metrics."""
         return Response(self._router.metrics(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def _respond(self, request: Request, requests: Sequence[GenerateRequest], answer: Answer, stream: bool) -> Response:
+    async def _respond(self, request: Request, requests: Sequence[GenerateRequest], answer: AnswerFormat, stream: bool) -> Response:
         chunks = self._chunks(requests)
         if stream:
             return EventStream(event_bytes(chunks, answer), self._slow_client_s)
@@ -132,28 +134,36 @@ class HttpFront:
         return alone(sources[0]) if len(sources) == 1 else merged(sources)
 
     async def _body(self, request: Request) -> bytes:
-        """The whole body; TooLarge as soon as it is known to be over the limit."""
+        """The whole body, if it is within the limit. A declared length is refused unread.
+
+        Of a body over the limit a few times as much is read and dropped: a client that is still sending when the connection closes
+        would lose the answer with it.
+        """
+        exchange, most = exchange_of(request.scope), _DROPPED_BODIES * self._max_body_bytes
         declared = request.headers.get("content-length", "0")
-        self._check_length(int(declared) if declared.isdecimal() else 0)
-        body = bytearray()
+        length = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
+        if length > self._max_body_bytes:
+            exchange.closes = length > most  # else the server drops the rest after the answer
+            raise self._too_large(length)
         try:
             async with asyncio.timeout(self._slow_client_s):
-                async for part in request.stream():
-                    body += part
-                    self._check_length(len(body))
+                body, length = await _read(request, self._max_body_bytes, most)
         except TimeoutError as error:
+            exchange.closes = True
             raise InvalidRequest(f"the body did not arrive within {self._slow_client_s:g} s") from error
-        return bytes(body)
-
-    def _check_length(self, length: int) -> None:
         if length > self._max_body_bytes:
-            raise TooLarge(f"the body must be at most {self._max_body_bytes} bytes (given: {length} or more)")
+            exchange.closes = length > most
+            raise self._too_large(length)
+        return body
+
+    def _too_large(self, length: int) -> TooLarge:
+        return TooLarge(f"the body may have at most {self._max_body_bytes} bytes (given: {length} or more)")
 
     def _identity(self, request: Request) -> tuple[str, float | None]:
         """The request's id and the client's deadline in seconds."""
-        if "x-request-id" in request.headers and request.headers["x-request-id"] != known_request_id(request.scope):
+        if "x-request-id" in request.headers and request.headers["x-request-id"] != exchange_of(request.scope).request_id:
             raise InvalidRequest("X-Request-Id must be 1 to 128 visible ASCII characters")
-        return known_request_id(request.scope), _timeout_s(request.headers.get("x-request-timeout-s"))
+        return exchange_of(request.scope).request_id, _timeout_s(request.headers.get("x-request-timeout-s"))
 
     async def _frame(self, answer_id: str, model: str, requests: Sequence[GenerateRequest], with_ids: bool) -> Frame:
         self._check_model(model or self._model_name)
@@ -197,7 +207,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)
-    app.add_middleware(RequestIds)
+    app.add_middleware(Exchanges)
     return app
 
 
@@ -229,6 +239,18 @@ async def _on_disconnect(_: Request, __: Exception) -> Response:
 
 async def _on_bug(_: Request, __: Exception) -> Response:
     return json_response(error_json(InternalError("a bug in the router; its log has the details")), 500)  # the server logs it
+
+
+async def _read(request: Request, kept: int, most: int) -> tuple[bytes, int]:
+    """The body's first `kept` bytes at most, and how many came before its end, or before they were over `most`."""
+    body, length = bytearray(), 0
+    async for part in request.stream():
+        length += len(part)
+        if length <= kept:
+            body += part
+        elif length > most:
+            break
+    return bytes(body), length
 
 
 def _timeout_s(header: str | None) -> float | None:

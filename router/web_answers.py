@@ -20,7 +20,7 @@ LEAST_LOGPROB = -9999.0
 DONE = b"data: [DONE]\n\n"
 
 
-class Answer(Protocol):
+class AnswerFormat(Protocol):
     """One HTTP request's answer in the making. prompt is the number of the prompt a chunk belongs to."""
 
     def take(self, prompt: int, chunk: Chunk) -> None:

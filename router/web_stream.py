@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from baton.errors import BatonError, InternalError
 from baton.request import Chunk
-from router.web_answers import DONE, Answer, error_json, event
+from router.web_answers import DONE, AnswerFormat, error_json, event
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +69,14 @@ async def alone(source: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Numbered,
             yield 0, chunk
 
 
-async def gathered(chunks: AsyncGenerator[Numbered, None], answer: Answer) -> None:
+async def gathered(chunks: AsyncGenerator[Numbered, None], answer: AnswerFormat) -> None:
     """Give all chunks to an answer that is sent as a whole."""
     async with aclosing(chunks):
         async for number, chunk in chunks:
             answer.take(number, chunk)
 
 
-async def event_bytes(chunks: AsyncGenerator[Numbered, None], answer: Answer) -> AsyncGenerator[bytes, None]:
+async def event_bytes(chunks: AsyncGenerator[Numbered, None], answer: AnswerFormat) -> AsyncGenerator[bytes, None]:
     """The server-sent events of a stream. An error before the first one is raised, so that it gets an HTTP status of its own."""
     started = False
     try:

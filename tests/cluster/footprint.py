@@ -25,6 +25,10 @@ class Footprint:
                 self._seen.setdefault(process.pid, process)
         return list(self._seen.values())
 
+    def forget(self, pid: int) -> None:
+        """`pid` itself is meant to live on."""
+        self._seen.pop(pid, None)
+
     def alive(self) -> list[str]:
         """Processes seen that still run (a zombie's parent is not ours to blame)."""
         running = [process for process in self._seen.values() if process.is_running()]

@@ -87,10 +87,14 @@ class Group:
     def plan(self, blocked=frozenset()):
         batch = self.batch = self.scheduler.plan(blocked)
         assert [self.pool.generation(block) for block in batch.new_blocks.tolist()] == batch.new_generations.tolist()
+        seen = {block for pairs in self.tables.values() for block, _ in pairs}
         for s in range(batch.num_sequences):
             position = int(batch.positions[s])
+            block = int(batch.block_tables[s, position // SIZE])
+            assert block not in seen, "two sequences write one block"
+            seen.add(block)
             assert batch.context_lens[s] == position + 1
-            self.memory[int(batch.block_tables[s, position // SIZE]), position % SIZE] = int(batch.token_ids[s])
+            self.memory[block, position % SIZE] = int(batch.token_ids[s])
         return batch
 
     def drawn(self):

@@ -210,11 +210,10 @@ def test_a_tiny_temperature_is_almost_greedy():
     assert draw([[90.0, 100.0, 99.0]], how(seed=3, temperature=1e-30)).token_ids[0] == 1
 
 
-def test_the_largest_u_stays_within_the_vocabulary():
-    seeds = np.arange(1 << 20, dtype=np.uint64)
-    largest = int(uniform(seeds, np.zeros(1 << 20, np.int64)).argmax())
-    token_id = int(draw([[0.0, 0.0, 0.0, -200.0]], how(seed=largest)).token_ids[0])
-    assert token_id == 2, "never one of probability 0"
+@pytest.mark.parametrize(("seed", "u", "token_id"), [(33_897_418, 0.0, 1), (14_790_804, 1 - 2**-24, 2)])
+def test_the_smallest_and_the_largest_u_never_draw_what_has_probability_0(seed, u, token_id):
+    assert uniform(np.array([seed], np.uint64), np.zeros(1, np.int64)) == u
+    assert draw([[-200.0, 0.0, 0.0, -200.0]], how(seed=seed)).token_ids[0] == token_id
 
 
 def test_logprobs_are_those_of_the_unmodified_distribution():

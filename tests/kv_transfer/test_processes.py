@@ -39,8 +39,7 @@ class SourceProcess:
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
         facts = json.loads(self.stdout.readline())
         self.exports = [
-            Export(**fact | {"nonce": bytes.fromhex(fact["nonce"]), "layout": layout})
-            for fact, layout in zip(facts, layouts, strict=True)
+            Export(**fact | {"nonce": bytes.fromhex(fact["nonce"]), "layout": layout}) for fact, layout in zip(facts, layouts, strict=True)
         ]
         self.data = [np.random.default_rng(rank).bytes(layout.nbytes) for rank, layout in enumerate(layouts)]
 
@@ -106,7 +105,9 @@ def target(sources: SourceProcess, layout: Make) -> Iterator[Callable[..., Targe
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("split", [[range(4), range(4)], [range(3), range(3, 4)]])
-def test_two_ranks_to_two_ranks(sources: SourceProcess, target: Callable[..., TargetRank], transport: Transport, split: list[range]) -> None:
+def test_two_ranks_to_two_ranks(
+    sources: SourceProcess, target: Callable[..., TargetRank], transport: Transport, split: list[range]
+) -> None:
     order = np.random.default_rng(3)
     source_blocks, target_blocks = order.permutation(64)[:40].tolist(), order.permutation(48)[:40].tolist()
     for rank in [target(transport, heads) for heads in split]:

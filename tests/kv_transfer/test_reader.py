@@ -35,7 +35,8 @@ class Pair:
             pool.data[:] = np.random.default_rng(rank).bytes(len(pool.data))
             pool.generations[:] = np.arange(100, 100 + pool.num_blocks)
         self.sources = [
-            SourceRank(self.threads[0], pool, layout, rank=rank) for rank, (pool, layout) in enumerate(zip(self.pools, sources, strict=True))
+            SourceRank(self.threads[0], pool, layout, rank=rank)
+            for rank, (pool, layout) in enumerate(zip(self.pools, sources, strict=True))
         ]
         self.exports = [source.export for source in self.sources]
         self.target_layout = target
@@ -88,7 +89,9 @@ def pair(no_leaks: None) -> Iterator[Callable[..., Pair]]:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("axes", [("block", "layer", "part", "head"), ("layer", "part", "block", "head"), ("head", "block", "part", "layer")])
+@pytest.mark.parametrize(
+    "axes", [("block", "layer", "part", "head"), ("layer", "part", "block", "head"), ("head", "block", "part", "layer")]
+)
 @pytest.mark.parametrize("heads", [[range(4)], [range(2), range(2, 4)], [range(2), range(2), range(2, 4), range(2, 4)]])
 @pytest.mark.parametrize("wanted", [range(4), range(1, 2)])
 def test_random_blocks_arrive_where_the_plan_says(
@@ -107,10 +110,10 @@ def test_random_blocks_arrive_where_the_plan_says(
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_large_reads_in_many_pieces(pair: Callable[..., Pair], layout: Make, transport: Transport) -> None:
-    big = {"num_blocks": 40, "head_dim": 256, "block_size": 64}  # 64 KiB pieces, 1.5 MiB a block
+    big = {"num_blocks": 16, "head_dim": 256, "block_size": 64}  # 64 KiB pieces, 1.5 MiB a block
     made = pair(transport, [layout(heads=range(2), **big), layout(heads=range(2, 4), **big)], layout(**big))
-    order = np.random.default_rng(1).permutation(40)
-    source_blocks, target_blocks = order[:24].tolist(), order[::-1][:24].tolist()
+    order = np.random.default_rng(1).permutation(16)
+    source_blocks, target_blocks = order[:12].tolist(), order[::-1][:12].tolist()
     assert made.read(source_blocks, target_blocks) > 2 * SLICE_BYTES
     made.check(source_blocks, target_blocks)
 
@@ -137,7 +140,7 @@ def test_other_content_than_announced_is_refused(pair: Callable[..., Pair], layo
 
 @pytest.mark.parametrize("transport", ["loopback", "shm"])
 def test_content_that_changes_during_the_read_is_refused(pair: Callable[..., Pair], layout: Make, transport: Transport) -> None:
-    big = {"num_blocks": 40, "head_dim": 256, "block_size": 64}
+    big = {"num_blocks": 24, "head_dim": 256, "block_size": 64}
     made = pair(transport, [layout(**big)], layout(**big))
     thread = made.threads[1]
 
@@ -146,7 +149,9 @@ def test_content_that_changes_during_the_read_is_refused(pair: Callable[..., Pai
         yield
 
     def start() -> None:
-        made.reader.read(A, range(0, 40, 2), range(100, 140, 2), range(0, 40, 2), Deadline.after(SOON)).future.add_done_callback(ended.append)
+        made.reader.read(A, range(0, 24, 2), range(100, 124, 2), range(0, 24, 2), Deadline.after(SOON)).future.add_done_callback(
+            ended.append
+        )
         thread.post(lambda: thread.work(stamp()))
 
     ended: list[object] = []
@@ -202,6 +207,16 @@ def _forgotten(reader: Reader):
     ticket = reader.read(A, [1], [101], [1], Deadline.after(SOON))
     reader.forget(A)
     return ticket
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_read_that_comes_after_the_end_of_its_destination_ends_too(pair: Callable[..., Pair], layout: Make, transport: Transport) -> None:
+    """It was under way to the thread when the node was forgotten."""
+    made = pair(transport, [layout()], layout())
+    made.threads[1].run(lambda: made.peer.destinations[0].close(LeaseLost("forgotten")), Deadline.after(SOON))
+    with pytest.raises(LeaseLost, match="forgotten"):
+        made.read([1], [1])
+    assert not any(made.target)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

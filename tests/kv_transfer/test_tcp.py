@@ -227,12 +227,13 @@ def test_an_answer_in_drips_arrives_whole(fake: FakeSource, target: Target) -> N
 
 def test_a_large_read_uses_two_connections_and_a_second_read_the_same(fake: FakeSource, target: Target) -> None:
     size = 2 * MIN_LANE_BYTES
+    socks: list[socket.socket] = []
     for turn in range(2):
         ticket = target.read(Span(0, 0, size))
-        pairs = [fake.request() for _ in range(2)] if turn == 0 else [(sock, fake.next_request(sock)) for sock in socks]
+        pairs = [(sock, fake.next_request(sock)) for sock in socks] or [fake.request() for _ in range(2)]
         socks = [sock for sock, _ in pairs]
         assert sorted((int(asked.offsets[0]), int(asked.nbytes[0])) for _, asked in pairs) == [(0, size // 2), (size // 2, size // 2)]
-        for sock, asked in pairs:
+        for sock in socks:
             sock.sendall(tcp_frame.pack_reply(Status.OK, size // 2) + bytes([turn + 1]) * (size // 2) + tcp_frame.pack_trailer(Status.OK))
         assert ticket.wait(Deadline.after(SOON)) == size and target.buffer[:size] == bytes([turn + 1]) * size
     for sock in socks:

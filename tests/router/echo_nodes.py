@@ -89,6 +89,7 @@ class EchoNode:
         self.received: list[SequenceRequest] = []
         self.cancelled: list[tuple[str, int]] = []
         self.leases: list[int] = []
+        self.num_introductions = 0
         self.sessions: list[Session] = []
         self.address = ""
         self._server: grpc.aio.Server | None = None
@@ -139,6 +140,7 @@ class EchoNode:
             ),
             ranks=[node_pb2.RankInfo(rank=0, pid=os.getpid(), host="127.0.0.1")],
             transfer_address=self.address if self.role == "prefill" else "",
+            exports=[node_pb2.ExportHandle(rank=0, tcp_address=self.address)] if self.role == "prefill" else [],
             load=self.load(),
         )
 
@@ -186,6 +188,7 @@ class Session:
                 if key in self.active:
                     self.active[key].runnable = True
             case "decode":
+                self._node.num_introductions += bool(command.decode.exports)
                 request = self._start(command.decode.sequence, command.decode.lease.number, runnable=True)
                 if request.key in self.active:
                     self._unsaid.accepted.append(node_pb2.Accepted(request_id=request.request_id, attempt=request.attempt))

@@ -206,6 +206,26 @@ async def test_a_request_goes_on_on_the_same_pair_once_it_is_back(make_dispatche
     assert text_of(await collect(dispatcher, asked(max_tokens=30))) == echo(30)
 
 
+async def test_a_lease_that_ends_with_the_first_token_is_no_failure(make_dispatcher: MakeDispatcher) -> None:
+    prefill, decode = EchoNode("prefill", "prefill-0", step_s=0.01), EchoNode("decode", "decode-0")
+    dispatcher = await make_dispatcher(prefill, decode)
+    prefill.step_s = 0.02  # its last word comes after decode's error
+    decode.faults.fail_at = (0, LeaseLost("the request ended with its first token", stage="prefill"))
+    stop_id = dispatcher.tokenizer.encode(PROMPT[0])[0]
+    before = len(prefill.received)
+    chunks = await collect(dispatcher, asked(max_tokens=30, stop_token_ids=(stop_id,)))
+    assert (chunks[-1].finish_reason, chunks[-1].usage.completion_tokens) == (FinishReason.STOP, 1)
+    assert len(prefill.received) == before + 1
+
+
+async def test_a_pair_is_introduced_until_it_is_proven(make_dispatcher: MakeDispatcher) -> None:
+    prefill, decode = nodes()
+    dispatcher = await make_dispatcher(prefill, decode)
+    assert decode.num_introductions == len(decode.received) > 0
+    await collect(dispatcher, asked(max_tokens=5))
+    assert decode.num_introductions == len(decode.received) - 1
+
+
 @pytest.mark.parametrize(
     "error", [LeaseLost("revoked", stage="pull"), Unavailable("suspended", cause="suspended"), ResourceExhausted("full", stage="decode")]
 )

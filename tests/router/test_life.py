@@ -32,10 +32,10 @@ def event(request: SequenceRequest, first: int, count: int = 1, end: int | None 
     return TokenEvent(request.request_id, request.attempt, first, ids, tuple(TokenLogprob(i, -1.0) for i in ids), reason)
 
 
-def stream(request: SequenceRequest, end: int, alone: bool) -> list[TokenEvent]:
+def stream(request: SequenceRequest, stop: int, alone: bool) -> list[TokenEvent]:
     """What one stage says about one attempt: prefill its first token, decode everything from there."""
-    first = len(request.emitted_ids)
-    return [event(request, index, end=end) for index in range(first, first + 1 if alone else end)]
+    first, end = len(request.emitted_ids), min(stop, request.sampling.max_tokens)
+    return [event(request, index, end=stop) for index in range(first, first + 1 if alone else end)]
 
 
 @given(
@@ -46,7 +46,7 @@ def stream(request: SequenceRequest, end: int, alone: bool) -> list[TokenEvent]:
 def test_doubled_and_interleaved_streams_deliver_each_index_once(max_tokens: int, stop: int, data: st.DataObject) -> None:
     life, end = life_of(max_tokens), min(max_tokens, stop)
     dispatch = life.dispatch()
-    said = stream(dispatch.prefill, end, alone=True) + stream(dispatch.decode, end, alone=False)
+    said = stream(dispatch.prefill, stop, alone=True) + stream(dispatch.decode, stop, alone=False)
     said = data.draw(st.permutations(said + data.draw(st.lists(st.sampled_from(said), max_size=8))))
     delivered = [delivery for item in said if (delivery := life.receive(item)) is not None]
     assert [i for delivery in delivered for i in delivery.token_ids] == [token(i) for i in range(end)]
@@ -62,14 +62,14 @@ class LifeMachine(RuleBasedStateMachine):
 
     @initialize(max_tokens=st.integers(1, 8), stop=st.integers(1, 12))
     def begin(self, max_tokens: int, stop: int) -> None:
-        self.life, self.end = life_of(max_tokens), min(stop, max_tokens)
+        self.life, self.stop, self.end = life_of(max_tokens), stop, min(stop, max_tokens)
         self.said: list[TokenEvent] = []
         self.delivered: list[int] = []
         self.ends = 0
         self.cancelled = False
 
     def send(self, request: SequenceRequest, alone: bool) -> None:
-        self.said += stream(request, self.end, alone)
+        self.said += stream(request, self.stop, alone)
 
     @precondition(lambda self: self.life.phase is Phase.IDLE)
     @rule()
@@ -81,9 +81,10 @@ class LifeMachine(RuleBasedStateMachine):
             assert dispatch.decode.attempt > dispatch.prefill.attempt
             self.send(dispatch.decode, alone=False)
 
-    @precondition(lambda self: self.said)
     @rule(data=st.data())
     def hear(self, data: st.DataObject) -> None:
+        if not self.said:
+            return
         delivery = self.life.receive(data.draw(st.sampled_from(self.said)))
         if delivery is not None:
             assert not self.cancelled

@@ -302,6 +302,20 @@ async def test_a_body_over_the_limit_is_refused(http, engine, chunked):
     assert len(engine.requests) == 1
 
 
+@pytest.mark.parametrize("declared", [False, True])
+async def test_an_endless_body_is_cut_off(engine, declared):
+    async with running(engine, max_body_bytes=1000) as url:
+        reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        length = "Content-Length: 100000" if declared else "Transfer-Encoding: chunked"
+        writer.write(f"POST /generate HTTP/1.1\r\nHost: x\r\n{length}\r\n\r\n".encode())
+        if not declared:
+            writer.write(b"3e9\r\n" + b" " * 1001 + b"\r\n")
+            writer.write(b"f00\r\n" + b" " * 3840 + b"\r\n")
+        answer = (await reader.read()).decode()
+        writer.close()
+    assert answer.startswith("HTTP/1.1 413") and "connection: close" in answer.lower() and "at most 1000 bytes" in answer
+
+
 async def test_models_health_and_metrics(http, engine, client):
     assert (await http.get("/health")).json() == {}
     models = (await client.models.list()).data

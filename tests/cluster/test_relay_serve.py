@@ -1,0 +1,151 @@
+"""`baton serve` for real: it serves, says where, refuses a second one, and however it ends, nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from baton.client import connect
+from tests.cluster.footprint import Footprint
+
+pytestmark = [pytest.mark.relay, pytest.mark.timeout(240)]
+
+SETTINGS = ("--kv-memory", "8MiB", "--max-model-len", "256")
+WAIT_S = 120.0
+
+
+class Serving:
+    """A `baton serve` process with its output lines as they come."""
+
+    def __init__(self, model: Path, tmp: Path, *arguments: str, http_port: int = 0) -> None:
+        command = [sys.executable, "-m", "cluster.cli", "serve", "--model", str(model), "--http-port", str(http_port), "--grpc-port", "0"]
+        self.process = subprocess.Popen([*command, *SETTINGS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.footprint = Footprint(tmp)
+        self.out: list[str] = []
+        self.err: list[str] = []
+        self._lines: queue.Queue[str] = queue.Queue()
+        assert self.process.stdout is not None and self.process.stderr is not None
+        self._readers = [
+            threading.Thread(target=self._read, args=pipe) for pipe in ((self.process.stdout, self.out), (self.process.stderr, self.err))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, pipe: Iterator[str], lines: list[str]) -> None:
+        for line in pipe:
+            lines.append(line.rstrip("\n"))
+            self._lines.put(line)
+        self._lines.put("")
+
+    def until(self, beginning: str) -> str:
+        """The first line that begins so."""
+        while line := self._lines.get(timeout=WAIT_S):
+            self.footprint.see(self.process.pid)
+            if line.startswith(beginning):
+                return line
+        raise AssertionError(f"ended without {beginning!r}: {self.out} {self.err}")
+
+    def end(self, signum: signal.Signals | None = None) -> int:
+        """Send a signal, wait for the end; the exit code."""
+        if signum is not None:
+            self.process.send_signal(signum)
+        code = self.process.wait(60)
+        for reader in self._readers:
+            reader.join(10)
+        assert self.process.stdout is not None and self.process.stderr is not None
+        self.process.stdout.close()
+        self.process.stderr.close()
+        return code
+
+
+@pytest.fixture
+def serving(tiny_model: Path, tmp: Path) -> Iterator[Serving]:
+    started = Serving(tiny_model, tmp)
+    yield started
+    if started.process.poll() is None:
+        started.end(signal.SIGTERM)
+
+
+def addresses(ready: str) -> tuple[str, str]:
+    """HTTP and gRPC host:port of a ready line."""
+    words = ready.split()
+    return tuple(next(word for word in words if word.startswith(scheme)).removeprefix(scheme) for scheme in ("http://", "grpc://"))  # type: ignore[return-value]
+
+
+def is_open(address: str) -> bool:
+    host, port = address.rsplit(":", 1)
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
+        return True
+    return False
+
+
+def test_it_serves_until_ctrl_c_and_leaves_nothing(serving: Serving, tiny_model: Path, tmp: Path) -> None:
+    shm_before = set(os.listdir("/dev/shm"))
+    http, grpc = addresses(serving.until("ready: "))
+    with connect(grpc) as client:
+        (answer,) = client.complete("def main():", max_tokens=8, ignore_eos=True)
+        assert len(answer.token_ids) == 8
+        assert [model.name for model in client.models()] == [str(tiny_model)]
+    said = subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "generate", "--address", grpc, "--max-tokens", "4", "--temperature", "0", "x ="],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert said.stdout.strip()
+    second = Serving(tiny_model, tmp, http_port=int(http.rsplit(":", 1)[1]))
+    assert second.end() == 2
+    assert http.rsplit(":", 1)[1] in second.err[-1] and "already in use" in second.err[-1]
+    serving.footprint.see(serving.process.pid)
+    assert serving.end(signal.SIGINT) == 0
+    assert len(serving.out) == 1, serving.out
+    serving.footprint.assert_gone()
+    assert not is_open(http) and not is_open(grpc)
+    assert set(os.listdir("/dev/shm")) <= shm_before
+
+
+@pytest.mark.parametrize(
+    ("stage", "signum"), [("starting Ray", signal.SIGINT), ("starting ...", signal.SIGTERM), ("loading", signal.SIGINT)]
+)
+def test_ending_it_while_it_loads_leaves_nothing(serving: Serving, stage: str, signum: signal.Signals) -> None:
+    serving.until(stage)
+    assert serving.end(signum) == 0
+    assert not serving.out
+    serving.footprint.assert_gone()
+
+
+def test_killing_it_leaves_nothing(serving: Serving) -> None:
+    serving.until("ready: ")
+    serving.end(signal.SIGKILL)
+    serving.footprint.assert_gone(40)
+
+
+def test_a_dead_rank_is_reported_and_ends_what_cannot_serve(serving: Serving) -> None:
+    _, grpc = addresses(serving.until("ready: "))
+    with connect(grpc) as client:
+        (decode,) = [group for group in client.status().groups if group.role == "decode"]
+    psutil.Process(decode.ranks[0].pid).kill()
+    assert serving.end() == 1
+    assert any(line.startswith(f"lost: decode-0/0 (pid {decode.ranks[0].pid})") for line in serving.err)
+    assert "no decode node is left" in serving.err[-1]
+    serving.footprint.assert_gone()
+
+
+def test_a_model_that_does_not_fit_is_refused_by_the_rank_that_sees_it(tiny_model: Path, tmp: Path) -> None:
+    serving = Serving(tiny_model, tmp, "--max-model-len", "100000")
+    assert serving.end() == 2
+    assert "prefill-0/0" in serving.err[-1] or "decode-0/0" in serving.err[-1]
+    assert "100000" in serving.err[-1]
+    assert not serving.footprint.files()

@@ -1,0 +1,104 @@
+"""The policy sends work to open, proven pairs only, to the least loaded of them, and equal views get equal choices."""
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.policy import GroupView, choose, choose_prefill
+
+
+def prefill(name, **more):
+    return GroupView(name, "prefill", **more)
+
+
+def decode(name, **more):
+    return GroupView(name, "decode", **{"usable_blocks": 10, "block_size": 16, **more})
+
+
+def all_pairs(groups):
+    return [(p.name, d.name) for p in groups if p.role == "prefill" for d in groups if d.role == "decode"]
+
+
+def chosen(groups, prompt_len=10, **more):
+    return choose(groups, all_pairs(groups), prompt_len, **more)
+
+
+def test_prefill_with_the_fewest_tokens_and_decode_with_the_fewest_sequences():
+    groups = [
+        prefill("p0", waiting_tokens=900),
+        prefill("p1", waiting_tokens=100, sent_tokens=300, waiting_sequences=9),
+        decode("d0", running_sequences=3),
+        decode("d1", running_sequences=1, sent_sequences=1),
+    ]
+    assert chosen(groups) == ("p1", "d1")
+
+
+def test_a_decode_group_with_room_goes_first():
+    groups = [prefill("p0"), decode("d0", running_sequences=1, usable_blocks=1), decode("d1", running_sequences=9)]
+    assert chosen(groups, prompt_len=16) == ("p0", "d0")
+    assert chosen(groups, prompt_len=17) == ("p0", "d1")
+    groups[1] = replace(groups[1], sent_tokens=10)
+    assert chosen(groups, prompt_len=7) == ("p0", "d1"), "what was sent takes room too"
+
+
+def test_a_full_group_is_better_than_none():
+    assert chosen([prefill("p0"), decode("d0", usable_blocks=0)]) == ("p0", "d0")
+
+
+def test_ties_go_to_the_smaller_name():
+    groups = [prefill("p1"), prefill("p0"), decode("d1"), decode("d0")]
+    assert chosen(groups) == chosen(groups[::-1]) == ("p0", "d0")
+
+
+def test_only_proven_pairs():
+    groups = [prefill("p0"), prefill("p1", waiting_tokens=50), decode("d0"), decode("d1")]
+    assert choose(groups, [("p1", "d1")], 10) == ("p1", "d1")
+    assert choose(groups, [("p9", "d1"), ("p0", "d9")], 10) is None
+    assert choose(groups, [], 10) is None
+
+
+def test_groups_that_failed_before_are_the_last_resort():
+    groups = [prefill("p0"), decode("d0"), decode("d1", running_sequences=50)]
+    assert chosen(groups, avoid={"d0"}) == ("p0", "d1")
+    assert chosen(groups, avoid={"d0", "d1"}) == ("p0", "d0")
+
+
+def test_only_decode_is_chosen_where_the_blocks_are_already():
+    groups = [prefill("p0"), prefill("p1", draining=True), decode("d0", draining=True), decode("d1")]
+    assert chosen(groups) == ("p0", "d1")
+    assert chosen(groups, prefill="p1") == ("p1", "d1")
+    assert chosen(groups, prefill="p7") is None
+
+
+def test_a_request_that_decode_need_not_see():
+    groups = [decode("d0"), prefill("p0", ready=False), prefill("p1", waiting_tokens=5), prefill("p2", waiting_tokens=9)]
+    assert choose_prefill(groups) == "p1"
+    assert choose_prefill(groups, avoid={"p1"}) == "p2"
+    assert choose_prefill(groups[:2]) is None
+
+
+VIEWS = st.builds(
+    GroupView,
+    name=st.sampled_from("abcdefgh"),
+    role=st.sampled_from(["prefill", "decode"]),
+    ready=st.booleans(),
+    draining=st.booleans(),
+    waiting_sequences=st.integers(0, 3),
+    running_sequences=st.integers(0, 3),
+    waiting_tokens=st.integers(0, 3),
+    usable_blocks=st.integers(0, 3),
+    block_size=st.just(16),
+)
+GROUPS = st.lists(VIEWS, max_size=8, unique_by=lambda view: view.name)
+
+
+@given(GROUPS, st.integers(0, 50), st.sets(st.sampled_from("abcdefgh")), st.randoms())
+def test_the_choice_is_open_and_does_not_depend_on_order(groups, prompt_len, avoid, random):
+    choice = chosen(groups, prompt_len, avoid=avoid)
+    open_names = {view.name for view in groups if view.ready and not view.draining}
+    usable = [pair for pair in all_pairs(groups) if set(pair) <= open_names]
+    assert (choice in usable) if usable else choice is None
+    assert not any(set(pair).isdisjoint(avoid) for pair in usable) or set(choice).isdisjoint(avoid)
+    random.shuffle(groups)
+    assert chosen(groups, prompt_len, avoid=avoid) == choice

@@ -1,0 +1,216 @@
+"""The router as a server: real gRPC and HTTP on free ports over echo nodes, through the real client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from baton.client import Client
+from baton.config import BatonConfig, RouterConfig
+from baton.errors import (
+    BatonError,
+    ConfigError,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+)
+from baton.request import FinishReason
+from baton.rpc import open_channel
+from router.server import RouterServer
+from tests.router.echo_nodes import EchoNode
+
+PROMPT = "hello echo "
+
+
+class Running:
+    """A router with its nodes, its addresses and a client."""
+
+    def __init__(self, server: RouterServer, addresses: dict[str, str], nodes: tuple[EchoNode, ...], client: Client) -> None:
+        self.server = server
+        self.addresses = addresses
+        self.prefill, self.decode = nodes
+        self.client = client
+
+
+@asynccontextmanager
+async def running(model_dir: Path, *, step_s: float = 0.0, **router: object) -> AsyncIterator[Running]:
+    settings = RouterConfig.model_validate({"http_port": 0, "grpc_port": 0, **router})
+    server = RouterServer(BatonConfig(model=str(model_dir), served_model_name="echo", router=settings))
+    nodes = EchoNode("prefill", "prefill-0", step_s=step_s), EchoNode("decode", "decode-0", step_s=step_s)
+    try:
+        addresses = await server.start()
+        for node in nodes:
+            server.dispatcher.add_group(node.role, await node.start())
+        await server.wait_ready(20)
+        async with Client(addresses["grpc"]) as client:
+            yield Running(server, addresses, nodes, client)
+    finally:
+        await server.stop()
+        for node in nodes:
+            await node.stop()
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - what other processes have noticed has no event here
+            await asyncio.sleep(0.01)
+
+
+async def test_text_ids_and_messages_stream(model_dir: Path) -> None:
+    async with running(model_dir) as router:
+        chunks = [chunk async for chunk in router.client.generate(PROMPT, max_tokens=11, temperature=0.0)]
+        assert "".join(chunk.text for chunk in chunks) == PROMPT
+        assert all(chunk.is_delta for chunk in chunks)
+        assert chunks[-1].finish_reason is FinishReason.LENGTH
+        (by_ids,) = await router.client.complete(list(PROMPT.encode()), max_tokens=4, temperature=0.0)
+        assert len(by_ids.token_ids) == 4
+        (chat,) = await router.client.complete([{"role": "user", "content": "hi"}], max_tokens=8, temperature=0.0)
+        assert chat.text == "user: hi"
+
+
+async def test_an_answer_that_is_not_streamed_is_one_chunk_per_choice(model_dir: Path) -> None:
+    async with running(model_dir) as router:
+        chunks = [chunk async for chunk in router.client.generate(PROMPT, max_tokens=11, n=2, seed=5, stream=False, logprobs=1)]
+        assert sorted((chunk.choice, chunk.text, chunk.is_delta) for chunk in chunks) == [(0, PROMPT, False), (1, PROMPT, False)]
+        assert [chunk.usage is not None for chunk in chunks] == [False, True]
+        answers = await router.client.complete(PROMPT, max_tokens=11, n=2, seed=5, logprobs=1)
+        assert [answer.seed for answer in answers] == [5, 6]
+        assert answers[0].usage.completion_tokens == 22
+        assert [len(answer.logprobs) for answer in answers] == [11, 11]
+
+
+async def test_errors_arrive_as_they_were_raised(model_dir: Path) -> None:
+    async with running(model_dir) as router:
+        with pytest.raises(InvalidRequest, match="temperature"):
+            await router.client.complete(PROMPT, temperature=-1.0)
+        with pytest.raises(InvalidRequest, match="cannot carry"):
+            await router.client.complete(PROMPT, max_tokens=-1)
+        with pytest.raises(InvalidRequest, match="prompt"):
+            await router.client.complete([{"role": "user"}])
+        with pytest.raises(NotFound, match="gpt-9"):
+            await router.client.complete(PROMPT, model="gpt-9")
+        router.decode.faults.refuse = ResourceExhausted("full: 0 of 64 blocks", stage="decode", node="decode-0", retry_after_s=3.0)
+        with pytest.raises(ResourceExhausted, match="0 of 64") as caught:
+            await router.client.complete(PROMPT, max_tokens=5)
+        facts = caught.value
+        assert (facts.stage, facts.node, facts.retryable, facts.retry_after_s) == ("decode", "decode-0", True, 3.0)
+
+
+async def test_the_clients_deadline_and_its_leaving_reach_the_nodes(model_dir: Path) -> None:
+    async with running(model_dir, step_s=0.01) as router:
+        with pytest.raises(DeadlineExceeded):
+            await router.client.complete(PROMPT, max_tokens=3000, timeout_s=0.3)
+        await until(lambda: len(router.decode.cancelled) == 1)
+        async with aclosing(router.client.generate(PROMPT, max_tokens=3000)) as chunks:
+            await anext(chunks)
+        await until(lambda: len(router.decode.cancelled) == 2 and len(router.prefill.cancelled) == 2)
+        await until(lambda: router.server.dispatcher.num_running == 0)
+        assert router.decode.num_active == 0
+
+
+async def test_keys_are_asked_for_by_every_call(model_dir: Path) -> None:
+    async with running(model_dir, api_keys=("first", "second")) as router:
+        for call in (router.client.complete(PROMPT), router.client.models(), router.client.status(), router.client.drain("x", 0)):
+            with pytest.raises(Unauthenticated):
+                await call
+        async with Client(router.addresses["grpc"], api_key="wrong") as wrong:
+            with pytest.raises(Unauthenticated):
+                await wrong.models()
+        async with Client(router.addresses["grpc"], api_key="second") as right:
+            assert (await right.complete(PROMPT, max_tokens=5))[0].text == PROMPT[:5]
+
+
+async def test_status_models_and_drain(model_dir: Path) -> None:
+    async with running(model_dir) as router:
+        (model,) = await router.client.models()
+        assert (model.name, model.max_model_len, model.dtype) == ("echo", 4096, "float32")
+        await router.client.complete(PROMPT, max_tokens=5)
+        status = await router.client.status()
+        assert status.ready and status.requests_total == 1 and status.requests_running == 0
+        assert [(group.node, group.role, group.state) for group in status.groups] == [
+            ("prefill-0", "prefill", "ready"),
+            ("decode-0", "decode", "ready"),
+        ]
+        assert [(pair.prefill, pair.decode, pair.proven, pair.refusal) for pair in status.pairs] == [("prefill-0", "decode-0/0", True, "")]
+        assert await router.client.drain("decode-0", 10)
+        with pytest.raises(NotFound):
+            await router.client.drain("decode-9", 0)
+        assert not (await router.client.status()).ready
+        with pytest.raises(BatonError, match="0 of 1 decode") as caught:
+            await router.client.complete(PROMPT, max_tokens=5, timeout_s=1.0)
+        assert isinstance(caught.value, Unavailable)
+
+
+async def test_health_and_reflection(model_dir: Path) -> None:
+    async with running(model_dir) as router, open_channel(router.addresses["grpc"]) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="baton.v1.Inference")
+        serving = health_pb2.HealthCheckResponse
+        watch = health.Watch(request)
+        async with asyncio.timeout(10):
+            async for answer in watch:
+                if answer.status == serving.SERVING:
+                    await router.decode.stop()
+                elif router.decode.address and not router.server.dispatcher.ready():
+                    break
+        assert (await health.Check(request)).status == serving.NOT_SERVING
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        answers = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask]))
+        async for answer in answers:
+            names = {service.name for service in answer.list_services_response.service}
+            assert {"baton.v1.Inference", "baton.v1.Admin", "grpc.health.v1.Health"} <= names
+
+
+async def test_http_is_served_beside_it(model_dir: Path) -> None:
+    async with running(model_dir) as router, httpx.AsyncClient(base_url=f"http://{router.addresses['http']}") as http:
+        assert (await http.get("/health")).status_code == 200
+        verbose = (await http.get("/health?verbose")).json()
+        assert verbose["pairs"][0]["proven"] is True
+        answer = await http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 5, "temperature": 0})
+        assert answer.json()["choices"][0]["text"] == PROMPT[:5]
+        assert 'baton_requests_total{outcome="length"} 1.0' in (await http.get("/metrics")).text
+        assert (await http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 10**6})).status_code == 400
+
+
+async def test_stopping_ends_requests_and_frees_the_ports(model_dir: Path) -> None:
+    async with running(model_dir, step_s=0.01) as router:
+        request = asyncio.create_task(router.client.complete(PROMPT, max_tokens=4000))
+        await until(lambda: router.decode.num_active == 1)
+        await router.server.stop()
+        with pytest.raises(BatonError):
+            await request
+        await until(lambda: not router.decode.sessions)
+        with pytest.raises(grpc.RpcError):
+            async with open_channel(router.addresses["grpc"]) as channel:
+                await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+
+
+async def test_a_taken_port_is_a_configuration_error(model_dir: Path) -> None:
+    async with running(model_dir) as router:
+        port = int(router.addresses["grpc"].rpartition(":")[2])
+        settings = RouterConfig(http_port=0, grpc_port=port)
+        server = RouterServer(BatonConfig(model=str(model_dir), router=settings))
+        with pytest.raises(ConfigError, match=str(port)):
+            await server.start()
+        await server.stop()
+
+
+async def test_not_being_ready_is_explained(model_dir: Path) -> None:
+    server = RouterServer(BatonConfig(model=str(model_dir), router=RouterConfig(http_port=0, grpc_port=0)))
+    try:
+        await server.start()
+        with pytest.raises(DeadlineExceeded, match="0 of 0 prefill"):
+            await server.wait_ready(0.05)
+    finally:
+        await server.stop()
