@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Rank:
-    """One rank process. Ends when the cluster stops it, or dies; `until_end` tells whoever waits for that."""
+    """One rank process. Ends when the cluster stops it, or dies; `serving` tells whoever waits for that."""
 
     def __init__(self, plan: RankPlan) -> None:
         self._plan = plan
@@ -59,7 +59,7 @@ class Rank:
             await self._rank.stop()
         self._end.set()
 
-    async def until_end(self) -> None:
+    async def serving(self) -> None:
         """Return when the rank was stopped; a caller whose rank dies gets Ray's error at once."""
         await self._end.wait()
 
@@ -104,7 +104,7 @@ class Front:
             await self._router.stop()
         self._end.set()
 
-    async def until_end(self) -> None:
+    async def serving(self) -> None:
         """As Rank's."""
         await self._end.wait()
 

@@ -27,6 +27,8 @@ from ranks.facts import RankCounts
 
 _STOP_S = 45.0
 _KILL_S = 10.0
+# What outlives the keeper by more than this was orphaned by its sudden death.
+_ORPHANS_S = 3.0
 _ASK_S = 10.0
 # The launch itself has ray.ready_s; this is for starting Ray before, and for taking down after a failure.
 _EXTRA_START_S = 120.0
@@ -221,8 +223,8 @@ def _hang_up(process: subprocess.Popen[str]) -> None:
 
 
 def _end(processes: list[psutil.Process]) -> None:
-    """Wait until all have ended; those that have not after _KILL_S are killed."""
-    _, alive = psutil.wait_procs(processes, timeout=_KILL_S)
+    """Wait until all have ended; those that have not after _ORPHANS_S are killed."""
+    _, alive = psutil.wait_procs(processes, timeout=_ORPHANS_S)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -173,7 +173,7 @@ class Cluster:
 
     async def _watch_one(self, name: str, actor: ActorHandle[Any], lost: Callable[[Lost], None]) -> None:
         try:
-            await actor.until_end.remote()
+            await actor.serving.remote()
         except RayActorError as error:
             lost(Lost(name=name, pid=self.pid_of(name) or 0, reason=first_line(error)))
 

@@ -76,7 +76,7 @@ def start_private_ray(home: Path, num_ranks: int, *, show_logs: bool = False) ->
     assert os.environ.get("RAY_AUTH_TOKEN_PATH") == str(home / _TOKEN)
     ray.init(
         address="local",
-        num_cpus=0,  # no workers in stock; actors ask for none
+        num_cpus=num_ranks + 1,  # actors ask for none; Ray keeps as many workers in stock, and starts them while it starts itself
         resources={RANK_RESOURCE: num_ranks},
         namespace=NAMESPACE,
         include_dashboard=False,

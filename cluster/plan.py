@@ -14,9 +14,10 @@ from baton.config import BatonConfig, RankPlan
 from baton.errors import ConfigError
 
 RANK_RESOURCE = "baton_rank"
-# Measured on Linux with torch 2.13 and ray 2.60: resident bytes before any weight or KV block exists.
-RANK_PROCESS_BYTES = 400 * 2**20
-SERVICE_PROCESSES_BYTES = 900 * 2**20
+# Measured on Linux with torch 2.13 and ray 2.60: 200 MiB of private memory per rank before any weight or KV block, and room for
+# activations; 410 MiB for router, keeper and the seven processes of Ray.
+RANK_PROCESS_BYTES = 320 * 2**20
+SERVICE_PROCESSES_BYTES = 500 * 2**20
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Role = Literal["prefill", "decode"]

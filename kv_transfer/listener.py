@@ -8,8 +8,6 @@ from collections.abc import Callable
 from baton.deadline import Deadline
 from kv_transfer.thread import READ, TransferThread
 
-PAUSE_S = 0.5
-
 
 class Listener:
     """Calls `accepted(sock)` for every connection to a listening socket; ended by `close`.
@@ -17,9 +15,12 @@ class Listener:
     When accepting fails (no descriptors left), it pauses instead of spinning: peers wait in the kernel's backlog.
     """
 
-    def __init__(self, thread: TransferThread, sock: socket.socket, accepted: Callable[[socket.socket], None]) -> None:
+    def __init__(
+        self, thread: TransferThread, sock: socket.socket, accepted: Callable[[socket.socket], None], *, pause_s: float = 0.5
+    ) -> None:
         self.sock = sock
         self._thread = thread
+        self._pause_s = pause_s
         self._closed = False
         sock.setblocking(False)
         self._listen(accepted)
@@ -41,6 +42,6 @@ class Listener:
             return  # the peer went away before we looked
         except OSError:
             self._thread.unwatch(self.sock)
-            self._thread.at(Deadline.after(PAUSE_S), lambda: self._listen(accepted))
+            self._thread.at(Deadline.after(self._pause_s), lambda: self._listen(accepted))
             return
         accepted(sock)

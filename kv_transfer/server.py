@@ -130,6 +130,8 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
             self._close_link(link)
             listening.cancel()
             await asyncio.wait({listening})
+            if not listening.cancelled():
+                listening.result()  # a bug in it is not lost
 
     async def _opening(self, requests: AsyncIterator[transfer_pb2.PullRequest]) -> transfer_pb2.PullOpen | None:
         try:

@@ -48,7 +48,7 @@ class Answer:
         self._slow_client_s = slow_client_s
         self._on_abandoned = on_abandoned
         self._abandoned = False
-        self._queue: asyncio.Queue[tuple[int, Delivery] | BatonError] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Delivery | BatonError]] = asyncio.Queue()
         self._choices = [Choice(prepared, index, tokenizer) for index in range(len(prepared.samplings))]
         self._last_token_s: list[float | None] = [None] * len(self._choices)
         self._relays = [self._relay(index, f"{inside_id}-{index}", deadline) for index in range(len(self._choices))]
@@ -65,15 +65,15 @@ class Answer:
 
     async def chunks(self) -> AsyncGenerator[Chunk, None]:
         """The chunks, as they come. Raises the BatonError that ends the request; ends by itself once all choices have."""
-        self._tasks = [asyncio.create_task(self._carry(relay), name=relay.life.request_id) for relay in self._relays]
+        self._tasks = [asyncio.create_task(self._carry(i, relay), name=relay.life.request_id) for i, relay in enumerate(self._relays)]
         while any(choice.finish_reason is None for choice in self._choices):
             # Every relay ends by the deadline with a last delivery or an error, so this wait does too.
-            item = await self._queue.get()
+            index, item = await self._queue.get()
+            if self._choices[index].finish_reason is not None:
+                continue  # what came after its stop string was complete, before the nodes knew
             if isinstance(item, BatonError):
                 raise item
-            chunk = self._chunk(*item)
-            if chunk is None:
-                continue
+            chunk = self._chunk(index, item)
             patience = asyncio.get_running_loop().call_later(self._slow_client_s, self._abandon)
             try:
                 yield chunk
@@ -93,14 +93,14 @@ class Answer:
         life = SequenceLife(inside_id, self._prepared.prompt_ids, self._prepared.samplings[index])
         return Relay(self._fleet, life, deadline, lambda delivery: self._delivered(index, delivery))
 
-    async def _carry(self, relay: Relay) -> None:
+    async def _carry(self, index: int, relay: Relay) -> None:
         try:
             await relay.run()
         except BatonError as error:
-            self._queue.put_nowait(error)
+            self._queue.put_nowait((index, error))
         except Exception as error:
             log.exception("a relay failed for a reason of ours")
-            self._queue.put_nowait(InternalError(f"the router failed: {error!r}", stage="router"))
+            self._queue.put_nowait((index, InternalError(f"the router failed: {error!r}", stage="router")))
 
     def _delivered(self, index: int, delivery: Delivery) -> None:
         now, last = time.monotonic(), self._last_token_s[index]
@@ -111,10 +111,8 @@ class Answer:
             self.first_token_s = now
         self._queue.put_nowait((index, delivery))
 
-    def _chunk(self, index: int, delivery: Delivery) -> Chunk | None:
+    def _chunk(self, index: int, delivery: Delivery) -> Chunk:
         choice, relay = self._choices[index], self._relays[index]
-        if choice.finish_reason is not None:
-            return None  # made after its stop string was complete, before the nodes knew
         chunk = choice.take(delivery)
         if choice.finish_reason is None:
             return chunk

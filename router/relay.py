@@ -148,14 +148,15 @@ class Relay:
             await self._recover(failure)
 
     def _send(self, pair: Pair, dispatch: Dispatch) -> None:
+        group = pair.decode
         try:
             if dispatch.decode is not None:
                 self._send_decode(pair, dispatch.decode)
-            link = self._fleet.link(pair.prefill)
-            self._tell(pair.prefill, dispatch.prefill.attempt)
-            link.prefill(dispatch.prefill, self._lease, self._deadline.left_s())
+            group = pair.prefill
+            self._tell(group, dispatch.prefill.attempt)
+            self._fleet.link(group).prefill(dispatch.prefill, self._lease, self._deadline.left_s())
         except NodeLost as error:
-            self._settle(Failure(pair.prefill, error))
+            self._settle(Failure(group, error))
 
     def _send_decode(self, pair: Pair, sequence: SequenceRequest) -> None:
         source, link = self._fleet.link(pair.prefill), self._fleet.link(pair.decode)

@@ -83,7 +83,7 @@ EVENTS = st.one_of(
 
 
 @given(st.integers(1, 4), st.lists(EVENTS, max_size=40), st.lists(st.integers(0, 50), min_size=8, max_size=8))
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 def test_all_join_the_same_steps_and_nobody_waits_forever(num_ranks, events, order):
     domain = Domain(num_ranks)
     for what, which, amount in events:

@@ -95,7 +95,7 @@ LOGITS = st.lists(st.integers(-4, 4).map(lambda value: value / 2), min_size=12, 
 
 
 @given(st.lists(st.tuples(LOGITS, ROWS), min_size=1, max_size=6))
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_equals_the_slow_reference(cases):
     drawn = draw([logits for logits, _ in cases], *(row for _, row in cases))
     for (logits, row), token_id in zip(cases, drawn.token_ids, strict=True):

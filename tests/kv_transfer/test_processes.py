@@ -52,6 +52,8 @@ class SourceProcess:
         self.process.send_signal(number)
         if number is signal.SIGKILL:
             self.process.wait(SOON)
+        elif number is signal.SIGSTOP:
+            os.waitpid(self.process.pid, os.WUNTRACED)  # all its threads stand still
 
     def close(self) -> int:
         self.stdin.close()

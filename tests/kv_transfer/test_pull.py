@@ -65,6 +65,9 @@ async def make() -> AsyncIterator[Callable[..., Awaitable[Source]]]:
     for source in made:
         source.service.close()
         await source.server.stop(None)
+        async with asyncio.timeout(SOON):
+            while source.service.num_pulls:  # stop does not wait for what it cancels
+                await asyncio.sleep(0.01)
         assert (source.service.num_leases, source.service.num_pulls) == (0, 0)
 
 

@@ -204,6 +204,8 @@ async def test_a_request_goes_on_on_the_same_pair_once_it_is_back(make_dispatche
     dispatcher = await make_dispatcher(prefill, decode)
     decode.faults.die_at = 10
     assert text_of(await collect(dispatcher, asked(max_tokens=30))) == echo(30)
+    first = next(request for request in decode.received if not request.request_id.startswith("proof-"))
+    assert first.key in decode.cancelled, "a node that comes back in the same life is told what it missed"
 
 
 async def test_a_lease_that_ends_with_the_first_token_is_no_failure(make_dispatcher: MakeDispatcher) -> None:

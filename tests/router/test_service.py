@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from baton.client import Client
+from baton.client import Client, make_request
 from baton.config import BatonConfig, RouterConfig
 from baton.errors import (
     BatonError,
@@ -27,6 +27,8 @@ from baton.errors import (
 )
 from baton.request import FinishReason
 from baton.rpc import open_channel
+from baton.v1 import inference_pb2_grpc
+from baton.wire import generate_request_to_message
 from router.server import RouterServer
 from tests.router.echo_nodes import EchoNode
 
@@ -117,6 +119,20 @@ async def test_the_clients_deadline_and_its_leaving_reach_the_nodes(model_dir: P
         await until(lambda: len(router.decode.cancelled) == 2 and len(router.prefill.cancelled) == 2)
         await until(lambda: router.server.dispatcher.num_running == 0)
         assert router.decode.num_active == 0
+
+
+async def test_a_client_that_reads_nothing_is_given_up(model_dir: Path) -> None:
+    narrow = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024))
+    request = generate_request_to_message(make_request("x" * 3900, {"max_tokens": 190, "n": 100, "echo": True, "ignore_eos": True}))
+    async with running(model_dir, slow_client_s=0.3) as router, grpc.aio.insecure_channel(router.addresses["grpc"], narrow) as channel:
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(request)
+        await call.read()
+        await until(lambda: b'baton_requests_total{outcome="slow_client"} 1.0' in router.server.dispatcher.metrics())
+        assert router.server.dispatcher.num_running == 0
+        assert router.decode.num_active == 0
+        with pytest.raises(grpc.RpcError, match="unread"):
+            while await call.read() is not grpc.aio.EOF:
+                pass
 
 
 async def test_keys_are_asked_for_by_every_call(model_dir: Path) -> None:
