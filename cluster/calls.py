@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ from baton.errors import BatonError, ConfigError, InternalError, NodeLost
 STOP_S = 8.0
 # After a first failure: how long to wait for the death that caused it, which peers of the dead often notice first.
 _BLAME_S = 0.5
+
+_EXIT = re.compile(r"Worker exit detail: (.*?)(?: Some common causes|$)")
 
 T = TypeVar("T")
 
@@ -52,11 +55,11 @@ async def result(name: str, what: str, reference: Any) -> Any:
     try:
         return await reference
     except ActorDiedError as error:
-        raise NodeLost(f"{name} died when it should {what}: {first_line(error)}", stage=what, node=name) from error
+        raise NodeLost(f"{name} died when it should {what}: {reason(error)}", stage=what, node=name) from error
     except RayTaskError as error:
         raise _named(error.cause, name, what) from error
     except RayActorError as error:
-        raise NodeLost(f"{name} cannot be reached to {what}: {first_line(error)}", stage=what, node=name) from error
+        raise NodeLost(f"{name} cannot be reached to {what}: {reason(error)}", stage=what, node=name) from error
 
 
 def _named(cause: BaseException, name: str, what: str) -> BatonError:
@@ -66,11 +69,12 @@ def _named(cause: BaseException, name: str, what: str) -> BatonError:
     return kind(f"{name} could not {what}: {type(cause).__name__}: {cause}", stage=what, node=name, cause=f"{what}_failed")
 
 
-def first_line(error: BaseException) -> str:
-    """Ray's errors run over many lines; the last one of the first paragraph says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line for line in lines if "exit detail" in line or "Error" in line]
-    return (said or lines or [type(error).__name__])[-1 if not said else 0][:400]
+def reason(error: BaseException) -> str:
+    """What happened, from Ray's many lines about it."""
+    text = " ".join(str(error).split())
+    if found := _EXIT.search(text):
+        return f"its process died ({found[1].strip()})"
+    return text[:300] or type(error).__name__
 
 
 async def _awaited(reference: Any) -> Any:

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from baton.config import BatonConfig, RankPlan
 from baton.errors import DeadlineExceeded
 from cluster.actors import Front, Rank
-from cluster.calls import end_actor, first_failure, first_line, result
+from cluster.calls import end_actor, first_failure, reason, result
 from cluster.messages import ClusterInfo, Lost, Progress, RankInfo, Stage
 from cluster.placement import Placed, placed, release_all, reserve
 from cluster.plan import asks, rank_plans
@@ -175,7 +175,7 @@ class Cluster:
         try:
             await actor.serving.remote()
         except RayActorError as error:
-            lost(Lost(name=name, pid=self.pid_of(name) or 0, reason=first_line(error)))
+            lost(Lost(name=name, pid=self.pid_of(name) or 0, reason=reason(error)))
 
     async def stop(self) -> None:
         """Stop the router, then all ranks, then remove what Ray holds. Takes at most about 2 x STOP_S; safe to call twice."""

@@ -128,7 +128,7 @@ def last_lines(home: Path, pid: int | None, num_lines: int = 30) -> str:
     """The last lines that the actor process `pid` wrote, from Ray's session logs in `home`; "" if none are known."""
     lines: list[str] = []
     for suffix in ("out", "err"):
-        for file in sorted(home.glob(f"session_*/logs/worker-*-{pid}.{suffix}")):
+        for file in sorted(home.glob(f"session_[0-9]*/logs/worker-*-{pid}.{suffix}")):
             lines += file.read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join([line for line in lines if not line.startswith((":job_id:", ":actor_name:"))][-num_lines:])
 

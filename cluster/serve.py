@@ -34,7 +34,7 @@ def serve(config: BatonConfig, *, show_logs: bool = False) -> int:
             print(ready_line(info), flush=True)
             _watch(cluster, info, console)
         except KeyboardInterrupt:
-            console.print("stopping ...", highlight=False)
+            console.print("stopping ...", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -70,9 +70,9 @@ def _watch(cluster: KeptCluster, info: ClusterInfo, console: Console) -> None:
         event = cluster.wait_lost()
         assert event is not None, "without a time limit something must have happened"
         lost.append(event)
-        console.print(f"lost: {event.name} (pid {event.pid}) ended: {event.reason}", highlight=False)
+        console.print(f"lost: {event.name} (pid {event.pid}) ended: {event.reason}", highlight=False, soft_wrap=True)
         if event.log:
-            console.print(event.log, highlight=False, markup=False, style="dim")
+            console.print(event.log, highlight=False, markup=False, style="dim", soft_wrap=True)
         if missing := missing_part(info, {item.name for item in lost}):
             raise Unavailable(f"no {missing} is left; the cluster is taken down", stage="cluster", cause="cluster_lost")
 

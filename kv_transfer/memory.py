@@ -31,14 +31,14 @@ _memmove.restype = None
 
 
 class MemoryReads:
-    """Reads from one source mapping into one target buffer. Lives on the transfer thread; ended by `close`.
+    """Reads from one source mapping into one target buffer. Lives on the transfer thread; ended by `close`, which lets go of the mapping.
 
     lost: called before and after each read, returns why the source cannot be trusted any more, if so.
     """
 
     def __init__(self, thread: TransferThread, view: View, nonce: bytes, target: memoryview, lost: Callable[[], BatonError | None]) -> None:
-        self.view = view
         self.target = target
+        self._view: View | None = view
         self._thread = thread
         self._nonce = nonce
         self._lost = lost
@@ -56,9 +56,16 @@ class MemoryReads:
 
     def close(self, error: BatonError) -> None:
         """End all copies with `error`, at once: nothing is copied but by this very thread."""
-        self._closed = error
+        self._closed = self._closed or error
+        self._view = None
         for copy in tuple(self._copies):
             copy.end(error)
+
+    @property
+    def view(self) -> View:
+        """The source, while it is open."""
+        assert self._view is not None, "closed reads do not copy"
+        return self._view
 
     def verify(self, check: Check) -> None:
         """Raise NodeLost or LeaseLost unless the source lives and holds what was announced."""

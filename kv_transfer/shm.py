@@ -95,14 +95,17 @@ class ShmSource:
 
 
 class ShmDestination:
-    """Reads one export through a read-only mapping. Ends by `close`, which frees mapping and life line."""
+    """Reads one export through a read-only mapping. Ends by `close` or with the source, which frees mapping and life line: the memory
+    of a dead process must not be kept by those who read it."""
 
     name = "shm"
 
     def __init__(self, thread: TransferThread, line: socket.socket, view: View, export: Export, target: memoryview) -> None:
+        self._thread = thread
         self._line = line
         # No reference back to this object: the mapping has to go with the last reference, not with the next garbage collection.
         self._reads = MemoryReads(thread, view, export.nonce, target, partial(_lost, line, export.rank))
+        thread.post(lambda: thread.watch(line, READ, lambda _: self._ended(export.rank)))
 
     @classmethod
     def connect(cls, thread: TransferThread, export: Export, target: memoryview, deadline: Deadline) -> Self:
@@ -127,7 +130,14 @@ class ShmDestination:
     def close(self, error: BatonError) -> None:
         """See Destination."""
         self._reads.close(error)
-        self._line.close()
+        if self._line.fileno() >= 0:
+            self._thread.unwatch(self._line)
+            self._line.close()
+
+    def _ended(self, rank: int) -> None:
+        error = _lost(self._line, rank)
+        if error is not None:
+            self.close(error)
 
 
 def _lost(line: socket.socket, rank: int) -> BatonError | None:

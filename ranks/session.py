@@ -83,7 +83,8 @@ class Session:
     async def take(self, beat_s: float) -> Outbox:
         """The next message's content: waits until a flush, or for one beat."""
         with contextlib.suppress(TimeoutError):  # a beat goes out even when there is nothing to say
-            await asyncio.wait_for(self._ready.wait(), beat_s)
+            async with asyncio.timeout(beat_s):  # not wait_for: that of Python 3.11 can swallow a cancel
+                await self._ready.wait()
         self._ready.clear()
         out, self.outbox = self.outbox, Outbox()
         return out

@@ -95,7 +95,7 @@ def test_the_authentication_mode_of_an_existing_ray_is_explicit(tmp_path: Path) 
 
 
 def test_the_last_lines_of_a_rank_are_found(tmp_path: Path) -> None:
-    logs = tmp_path / "session_x" / "logs"
+    logs = tmp_path / "session_2026" / "logs"
     logs.mkdir(parents=True)
     (logs / "worker-ab-01000000-77.err").write_text(":job_id:01\n:actor_name:Rank\n" + "".join(f"line {i}\n" for i in range(50)))
     assert last_lines(tmp_path, 77, 2) == "line 48\nline 49"

@@ -142,6 +142,7 @@ def test_a_killed_source_is_a_lost_node_at_once(sources: SourceProcess, target: 
     for _ in range(3):
         with pytest.raises(NodeLost):
             rank.read([5], [0])
+    assert "memfd:baton-kv" not in Path("/proc/self/maps").read_text(), "its memory is not kept"
     with pytest.raises(Unavailable):
         target("shm", connected=False).reader.connect(A, sources.exports, Deadline.after(SOON))
 
