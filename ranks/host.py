@@ -21,12 +21,12 @@ from baton.engine.parallel import Groups, Placement, Rendezvous
 from baton.engine.rank import Rank, set_threads
 from baton.engine.runner import Runner, StepOutcome
 from baton.engine.spec import ModelSpec, fingerprint, load_spec
-from baton.errors import ConfigError
 from baton.request import BlockCounts
 from baton.rpc import Health, bind, make_server
 from kv_transfer.layout import KVLayout
 from kv_transfer.pool import Pool
 from kv_transfer.transport import Export
+from ranks.capacity import capacity
 from ranks.facts import GroupHello, LoadProgress, RankAddress, RankCounts
 from ranks.service import Peer, wake_all
 from ranks.session import GroupLoad
@@ -83,7 +83,13 @@ class RankHost:
             self._closing.push_async_callback(peer.close)
         config = self.plan.config
         self.shape = KVShape.of(self.spec, self.placement, config.block_size)
-        self.num_blocks, self.max_model_len = self._capacity()
+        self.num_blocks, self.max_model_len = capacity(
+            kv_memory=config.kv_memory,
+            block_bytes=self.shape.block_bytes,
+            block_size=config.block_size,
+            max_model_len=config.max_model_len,
+            max_positions=self.spec.max_position_embeddings,
+        )
         self.layout = self._describe_layout()
         self.pool = Pool(
             self.num_blocks,
@@ -106,22 +112,6 @@ class RankHost:
 
     def _steps_with_me(self, rank: int) -> bool:
         return self.placement.coupled or rank // self.plan.tp_size == self.plan.group
-
-    def _capacity(self) -> tuple[int, int]:
-        """(blocks, longest sequence): what the KV memory holds and what the model can do. Raises ConfigError with the numbers."""
-        config, slots = self.plan.config, self.plan.config.block_size
-        num_blocks = self.shape.num_blocks(config.kv_memory)
-        fits = num_blocks * slots
-        longest = config.max_model_len or min(self.spec.max_position_embeddings, fits)
-        if longest > fits or num_blocks < 2:
-            need = -(-max(longest, 2 * slots) // slots) * self.shape.block_bytes
-            raise ConfigError(
-                f"kv_memory {config.kv_memory} bytes holds {num_blocks} blocks of {slots} tokens on {self.plan.node}, "
-                f"too few for one sequence of {longest} tokens; set kv_memory to at least {need} or lower max_model_len"
-            )
-        if longest > self.spec.max_position_embeddings:
-            raise ConfigError(f"max_model_len {longest} is beyond the model's {self.spec.max_position_embeddings} positions")
-        return num_blocks, longest
 
     def _describe_layout(self) -> KVLayout:
         shape = self.shape
