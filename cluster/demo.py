@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 from rich.console import Console, Group
@@ -37,8 +38,10 @@ _PROMPTS = (
     "A function definition defines a user-defined function object. A function definition is an executable statement.",
 )
 _SAMPLING: Options = {"max_tokens": 96, "min_tokens": 16, "temperature": 0.7, "top_p": 0.9, "timeout_s": 60.0}
-_IDLE_S = 15.0
+_PATIENCE_S = 15.0
 _REFRESH_PER_S = 8
+
+T = TypeVar("T")
 
 
 def main() -> int:
@@ -121,13 +124,18 @@ def _text(story: Story) -> Text:
     return Text.assemble((story.prompt, "bold"), (story.text, ""))
 
 
+def _wait_all_proven(cluster: KeptCluster) -> None:
+    """A cluster serves once one pair is proven; the demo wants all of them to take part. A check fails later if they do not."""
+    _until(cluster.status, lambda status: all(pair["usable"] for pair in status["pairs"]))
+
+
 def _idle_counts(cluster: KeptCluster) -> list[RankCounts]:
-    """What every rank holds once nothing runs; or after _IDLE_S, and then a check will fail."""
+    """What every rank holds once nothing runs; or after _PATIENCE_S, and then a check will fail."""
     return _until(cluster.counts, lambda counts: all(rank.idle() for rank in counts))
 
 
-def _until(ask: Callable[[], list[RankCounts]], enough: Callable[[list[RankCounts]], bool]) -> list[RankCounts]:
-    end_s = time.monotonic() + _IDLE_S
+def _until(ask: Callable[[], T], enough: Callable[[T], bool]) -> T:
+    end_s = time.monotonic() + _PATIENCE_S
     while not enough(answer := ask()) and time.monotonic() < end_s:
         time.sleep(0.1)
     return answer

@@ -60,17 +60,18 @@ def checks(info: ClusterInfo, stories: Sequence[Story], status: Mapping[str, Any
     answered = sum(story.finish_reason is not None and story.num_tokens > 0 for story in stories)
     counted = sum(story.usage is not None and story.usage.completion_tokens == story.num_tokens for story in stories)
     relayed = sum(_passed_the_baton(story) for story in stories)
+    groups = {name for story in stories for name in story.served_by if name in _pulls(status)}
     pulled = sum(pulls["blocks_pulled"] for pulls in _pulls(status).values())
     balanced = sum(rank.idle() for rank in counts)
     return [
         Check(answered == len(stories), f"{answered} of {len(stories)} prompts were answered to the end"),
         Check(counted == len(stories), f"{counted} of {len(stories)} usages equal the tokens received"),
         Check(relayed == len(stories), f"{relayed} of {len(stories)} answers began on prefill and went on on decode"),
+        Check(len(groups) == len(_pulls(status)), f"{len(groups)} of {len(_pulls(status))} decode groups took part"),
         Check(pulled > 0, f"{pulled} KV blocks were pulled from prefill by decode"),
         Check(
             balanced == len(counts) == len(info.ranks),
-            f"{balanced} of {len(info.ranks)} ranks are idle with free + cached + held + quarantined = total, nothing held, "
-            "no lease, no pull",
+            f"{balanced} of {len(info.ranks)} ranks are idle: every block is free or cached, no lease, no pull",
         ),
     ]
 
@@ -79,6 +80,7 @@ def print_report(
     console: Console, info: ClusterInfo, stories: Sequence[Story], status: Mapping[str, Any], counts: Sequence[RankCounts]
 ) -> None:
     """Requests, ranks and pulls as tables."""
+    console.print()
     console.print(_requests(stories))
     console.print(_speed(stories), highlight=False)
     console.print()
@@ -115,7 +117,7 @@ def _speed(stories: Sequence[Story]) -> str:
 
 
 def _ranks(info: ClusterInfo, counts: Sequence[RankCounts]) -> Table:
-    table = _table("process", "pid", "steps", "CPU s", "blocks: free + cached + held + quarantined", "leases", "pulls")
+    table = _table("process", "pid", "steps", "CPU s", "free + cached + held + quar.", "leases", "pulls")
     for rank in counts:
         blocks = f"{rank.free} + {rank.cached} + {rank.held} + {rank.quarantined} = {rank.total}"
         shown = [blocks, str(rank.open_leases), str(rank.open_pulls)] if rank.leader else ["as its leader says"]

@@ -15,6 +15,7 @@ import pytest
 
 from baton.client import connect
 from cluster.local import environment, make_home, remove_home
+from cluster.offline import Engine
 from tests.cluster.test_local import start
 
 pytestmark = [pytest.mark.relay, pytest.mark.timeout(240)]
@@ -66,6 +67,18 @@ def test_a_cluster_outlives_up_and_ends_with_down(existing_ray: ExistingRay, tin
     assert not alive
     assert existing_ray.baton("status").returncode == 1
     assert existing_ray.process.poll() is None, "the Ray cluster is not ours to end"
+
+
+def test_an_engine_on_it_leaves_nothing_there(existing_ray: ExistingRay, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in existing_ray.environ.items():
+        monkeypatch.setenv(name, value)
+    settings = {"kv_memory": "8MiB", "max_model_len": 256, "ray.address": existing_ray.environ["RAY_ADDRESS"]}
+    with Engine(str(tiny_model), settings) as engine:
+        assert len(engine.generate("x", {"max_tokens": 3, "ignore_eos": True})[0].token_ids) == 3
+        pids = [rank.pid for rank in engine.info.ranks]
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=20)
+    assert not alive
+    assert existing_ray.process.poll() is None
 
 
 def test_too_few_slots_are_refused_with_numbers(existing_ray: ExistingRay, tiny_model: Path, tmp: Path) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,6 +94,8 @@ def is_open(address: str) -> bool:
 def test_it_serves_until_ctrl_c_and_leaves_nothing(serving: Serving, tiny_model: Path, tmp: Path) -> None:
     shm_before = set(os.listdir("/dev/shm"))
     http, grpc = addresses(serving.until("ready: "))
+    with urllib.request.urlopen(f"http://{http}/health", timeout=10) as health:
+        assert health.status == 200
     with connect(grpc) as client:
         (answer,) = client.complete("def main():", max_tokens=8, ignore_eos=True)
         assert len(answer.token_ids) == 8
@@ -123,6 +126,15 @@ def test_ending_it_while_it_loads_leaves_nothing(serving: Serving, stage: str, s
     serving.until(stage)
     assert serving.end(signum) == 0
     assert not serving.out
+    serving.footprint.assert_gone()
+
+
+def test_a_frozen_rank_does_not_keep_it_from_ending(serving: Serving) -> None:
+    _, grpc = addresses(serving.until("ready: "))
+    with connect(grpc) as client:
+        pids = [rank.pid for group in client.status().groups for rank in group.ranks]
+    psutil.Process(pids[0]).suspend()
+    assert serving.end(signal.SIGINT) == 0
     serving.footprint.assert_gone()
 
 
