@@ -9,6 +9,8 @@ import asyncio
 import os
 from typing import TYPE_CHECKING
 
+import ray
+
 from baton.config import BatonConfig, RankPlan
 from ranks.facts import LoadProgress, RankAddress, RankCounts
 
@@ -60,8 +62,17 @@ class Rank:
         self._end.set()
 
     async def serving(self) -> None:
-        """Return when the rank was stopped; a caller whose rank dies gets Ray's error at once."""
-        await self._end.wait()
+        """Return when the rank was stopped; a caller whose rank dies gets Ray's error at once.
+
+        A rank that cannot step any more dies on purpose: its weights and blocks are of no use, and its node must be rebuilt.
+        """
+        ended = asyncio.create_task(self._end.wait())
+        failed = asyncio.create_task(self._prepared().until_failed())
+        await asyncio.wait({ended, failed}, return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        failed.cancel()
+        if not self._end.is_set():
+            ray.actor.exit_actor()  # type: ignore[no-untyped-call]
 
     def _prepared(self) -> PrefillRank | DecodeRank:
         assert self._rank is not None, "prepare() comes first"

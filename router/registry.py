@@ -32,7 +32,7 @@ class GroupState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PullTotals:
-    """What a decode group has pulled in this router's life. seconds: the sum over pulls, which overlap."""
+    """What a decode group has pulled in this router's life. seconds: the sum over pulls, which overlap. transport: of the last one."""
 
     pulls: int = 0
     blocks_pulled: int = 0
@@ -40,6 +40,7 @@ class PullTotals:
     bytes_pulled: int = 0
     seconds: float = 0.0
     exposed_s: float = 0.0
+    transport: str = ""
 
     def plus(self, report: PullReport) -> PullTotals:
         """The totals after one more pull."""
@@ -50,6 +51,7 @@ class PullTotals:
             self.bytes_pulled + report.bytes_pulled,
             self.seconds + report.seconds,
             self.exposed_s + report.exposed_s,
+            report.transport,
         )
 
 
