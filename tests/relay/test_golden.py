@@ -24,6 +24,10 @@ SHAPES = {
     "1-1": {"prefill.tp": 1, "decode.dp": 1},
     "tp2-dp2": {"prefill.tp": 2, "decode.dp": 2},
 }
+MORE_SHAPES = {
+    "1-tp2": {"decode.tp": 2},
+    "tp2-dp2tp2": {"prefill.tp": 2, "decode.dp": 2, "decode.tp": 2},
+}
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 SEEDED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 1234, "max_tokens": 24, "ignore_eos": True}
@@ -46,9 +50,9 @@ def prompt(length: int, seed: int) -> list[int]:
     return [drawn.randrange(4, 300) for _ in range(length)]
 
 
-def start(model: Model, shape: str) -> Engine:
+def start(model: Model, layout: dict[str, int]) -> Engine:
     settings = {"dtype": "float32", "block_size": BLOCK_SIZE, "kv_memory": "32MiB", "max_model_len": 1024}
-    return Engine(str(model.path), **settings, **SHAPES[shape], **{"prefill.max_step_tokens": CHUNK})
+    return Engine(str(model.path), **settings, **layout, **{"prefill.max_step_tokens": CHUNK})
 
 
 def check_greedy(engine: Engine, model: Model, prompts: list[list[int]], lengths: list[int]) -> None:
@@ -63,12 +67,14 @@ def check_greedy(engine: Engine, model: Model, prompts: list[list[int]], lengths
 
 
 def check_shared_prefix(engine: Engine, model: Model) -> None:
-    """The second prompt finds the first one's blocks on prefill and on decode."""
+    """The later prompts find the first one's blocks on prefill, and on decode once every group has held them."""
     shared = prompt(5 * BLOCK_SIZE, 1)
-    for tail in (prompt(3, 2), prompt(21, 3)):
+    tails = [prompt(3 + 9 * i, 20 + i) for i in range(4)]
+    for tail in tails:
         check_greedy(engine, model, [shared + tail], [12])
-    answer = engine.generate([shared + prompt(3, 2)], {**GREEDY, "max_tokens": 2})[0]
+    answer = engine.generate([shared + tails[0]], {**GREEDY, "max_tokens": 2})[0]
     assert answer.usage.cached_tokens >= 5 * BLOCK_SIZE
+    assert sum(group["pulls"]["blocks_matched"] for group in engine.status()["groups"]) >= 5
 
 
 def check_everything(engine: Engine, model: Model) -> list[list[int]]:
@@ -83,8 +89,16 @@ def check_everything(engine: Engine, model: Model) -> list[list[int]]:
 def test_relay_equals_transformers_in_every_shape(model: Model) -> None:
     seeded = {}
     for shape in SHAPES:
-        with start(model, shape) as engine:
+        with start(model, SHAPES[shape]) as engine:
             seeded[shape] = check_everything(engine, model)
             idle = engine.wait_idle()
             assert all(counts.idle() for counts in idle), idle
     assert seeded["1-1"] == seeded["tp2-dp2"], "sampling must not depend on the layout"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", MORE_SHAPES)
+def test_more_shapes(model: Model, shape: str) -> None:
+    with start(model, MORE_SHAPES[shape]) as engine:
+        check_everything(engine, model)
+        assert all(counts.idle() for counts in engine.wait_idle())
