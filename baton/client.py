@@ -9,6 +9,7 @@ Knows baton.v1's public services and nothing of what is behind them.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -36,7 +37,7 @@ class Options(TypedDict, total=False):
     top_p: float
     min_p: float
     seed: int
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int
@@ -202,7 +203,9 @@ def connect(address: str, api_key: str | None = None) -> SyncClient:
 
 
 def make_request(prompt: PromptLike, options: Options) -> GenerateRequest:
-    """A prompt (text, token ids or chat messages) and its options as a request."""
+    """A prompt (text, token ids or chat messages) and its options as a request. Raises InvalidRequest for an option nobody knows."""
+    _check_known(options)
+    stop = options.get("stop", ())
     return GenerateRequest(
         prompt=_prompt(prompt),
         sampling=SamplingAsked(
@@ -213,7 +216,7 @@ def make_request(prompt: PromptLike, options: Options) -> GenerateRequest:
             top_p=options.get("top_p"),
             min_p=options.get("min_p"),
             seed=options.get("seed"),
-            stop=tuple(options.get("stop", ())),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_token_ids=tuple(options.get("stop_token_ids", ())),
             ignore_eos=options.get("ignore_eos", False),
             logprobs=options.get("logprobs"),
@@ -226,6 +229,15 @@ def make_request(prompt: PromptLike, options: Options) -> GenerateRequest:
         echo=options.get("echo", False),
         timeout_s=options.get("timeout_s"),
     )
+
+
+def _check_known(options: Options) -> None:
+    known = Options.__annotations__
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise InvalidRequest(f"{name} is not a known option; {hint}", stage="client")
 
 
 def gather(chunks: Iterable[Chunk]) -> list[Answer]:

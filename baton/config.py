@@ -89,7 +89,9 @@ class RouterConfig(Section):
     max_body_bytes: Bytes = Field(8 * 2**20, description="largest HTTP body or gRPC message accepted")
     max_n: int = Field(128, ge=1, description="most sequences (n) of one request")
     slow_client_s: float = Field(60.0, gt=0, description="seconds a client may leave its stream unread, then it is cancelled")
-    api_keys: tuple[str, ...] = Field((), description="a client must present one of these (Authorization: Bearer …); empty: none")
+    api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="a client must present one of these (Authorization: Bearer …); empty: none"
+    )
     insecure: bool = Field(False, description="allow a non-loopback bind without TLS and token")
 
 

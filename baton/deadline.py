@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from baton.errors import DeadlineExceeded
-
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
@@ -30,8 +28,3 @@ class Deadline:
     def sooner(self, seconds: float) -> Deadline:
         """The earlier of this deadline and the one `seconds` from now."""
         return Deadline(min(self.at_s, time.monotonic() + seconds))
-
-    def check(self, what: str, *, stage: str = "", node: str = "") -> None:
-        """Raise DeadlineExceeded if no time is left for `what`."""
-        if self.passed():
-            raise DeadlineExceeded(f"no time left for {what}", stage=stage, node=node)

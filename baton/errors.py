@@ -31,6 +31,7 @@ class BatonError(Exception):
 
     message: what is wrong, with the numbers, and what to do. stage: admission, router, prefill, pull or decode.
     node: the node concerned. cause: a stable word for programs. retryable: whether the same request may succeed later.
+    param: the field of the request that is at fault, where one is.
     """
 
     status: ClassVar[str] = "INTERNAL"
@@ -47,6 +48,7 @@ class BatonError(Exception):
         cause: str = "",
         retryable: bool | None = None,
         retry_after_s: float | None = None,
+        param: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -55,6 +57,7 @@ class BatonError(Exception):
         self.cause = cause or self.default_cause
         self.retryable = self.default_retryable if retryable is None else retryable
         self.retry_after_s = retry_after_s
+        self.param = param
 
     def __reduce__(self) -> tuple[Callable[[str], BatonError], tuple[str]]:
         rebuild = partial(
@@ -64,6 +67,7 @@ class BatonError(Exception):
             cause=self.cause,
             retryable=self.retryable,
             retry_after_s=self.retry_after_s,
+            param=self.param,
         )
         return rebuild, (self.message,)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 SEED_BITS = 63
@@ -119,12 +120,16 @@ class BlockCounts:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a client asks to continue: exactly one of the three is set."""
+    """What a client asks to continue: exactly one of text, token_ids and messages is set.
+
+    template_values: what the chat template is told beside the messages, plain JSON.
+    """
 
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     messages: tuple[dict[str, str], ...] | None = None
     add_generation_prompt: bool = True
+    template_values: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

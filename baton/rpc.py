@@ -21,6 +21,7 @@ from baton.errors import (
     NodeLost,
     NotFound,
     ResourceExhausted,
+    TooLarge,
     Unauthenticated,
     Unavailable,
 )
@@ -67,7 +68,10 @@ def open_sync_channel(address: str) -> grpc.Channel:
 
 
 def make_server(max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
-    """A server for the running event loop, without services and not yet bound."""
+    """A server for the running event loop, without services and not yet bound.
+
+    A message over max_message_bytes is refused by gRPC itself, with RESOURCE_EXHAUSTED and no ErrorDetail: no handler sees it.
+    """
     return grpc.aio.server(
         options=(
             *_KEEPALIVE,
@@ -81,13 +85,24 @@ def make_server(max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
 
 def bind(server: grpc.aio.Server, host: str, port: int) -> int:
     """Listen on host:port (0: any free one) and return the port. Raises ConfigError if the port is taken."""
+    address = join(host, port)
+    refused = ConfigError(f"cannot listen on {address} for gRPC; is the port in use? Choose another or 0 for any")
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise ConfigError(f"cannot listen on {host}:{port} for gRPC; is the port in use? Choose another or 0 for any") from error
+        raise refused from error
     if not bound:
-        raise ConfigError(f"cannot listen on {host}:{port} for gRPC; is the port in use? Choose another or 0 for any")
+        raise refused
     return int(bound)
+
+
+def join(host: str, port: int) -> str:
+    """host:port as URLs and gRPC write it: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+# What gRPC says by itself, without a trailer of ours, when a connection breaks: at once, or in the middle of a stream.
+_BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
 
 
 class Health:
@@ -124,6 +139,8 @@ def to_error(error: grpc.RpcError, *, stage: str = "", node: str = "") -> BatonE
     if trailer is not None:
         return error_from_message(ErrorDetail.FromString(trailer), _BY_STATUS.get(error.code(), InternalError))
     kind = _BY_STATUS.get(error.code(), InternalError)
-    if kind is Unavailable and node:
+    if node and error.code() in _BROKEN:
         kind = NodeLost
+    if kind is ResourceExhausted:
+        kind = TooLarge  # gRPC itself said so (ours bring a trailer), which it does where a message is over a limit
     return kind(error.details() or error.code().name, stage=stage, node=node)

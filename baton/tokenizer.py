@@ -1,19 +1,17 @@
 """Text to token ids and back, as the checkpoint's own files say: tokenizer.json, chat template, generation_config.json.
 
-Knows the files of a checkpoint directory and how text becomes stable while tokens arrive. Knows no requests, no network,
-no torch and no `transformers`: `encode`, `decode` and `render_chat` give what its AutoTokenizer gives, and that is tested.
+Knows the files of a checkpoint directory. Knows no requests, no network, no torch and no `transformers`: `encode`, `decode` and
+`render_chat` give what its AutoTokenizer gives, and that is tested.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 import tokenizers
@@ -27,6 +25,19 @@ Json = Mapping[str, Any]
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+# What clients may not set through chat_template_kwargs: Baton says these itself.
+_OWN_VALUES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+# What generation_config.json may ask of sampling that Baton does not do, with the values that ask for nothing.
+_UNAPPLIED: Mapping[str, tuple[object, ...]] = {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "typical_p"), (1,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "epsilon_cutoff", "eta_cutoff", "diversity_penalty", "presence_penalty", "top_h"), (0,)),
+    **dict.fromkeys(("frequency_penalty", "penalty_alpha", "min_length", "min_new_tokens", "exponential_decay_length_penalty"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "stop_strings"), ([], {})),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), ()),
+    **dict.fromkeys(("num_beams", "guidance_scale"), (1,)),
+    "max_new_tokens": (),
+}
+_ONLY_SAMPLING = (("temperature", 1), ("top_k", 0), ("top_p", 1), ("min_p", 0))  # read where do_sample is true; with what is off
 
 
 class Tokenizer:
@@ -86,19 +97,25 @@ class Tokenizer:
         """The text of all `token_ids` at once. Ids outside the vocabulary have no text."""
         return self._core.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> tuple[int, ...]:
+    def render_chat(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, values: Json | None = None
+    ) -> tuple[int, ...]:
         """Token ids of a conversation after the checkpoint's chat template, which writes all special tokens itself."""
-        return self.encode(self.chat_text(messages, add_generation_prompt), add_special_tokens=False)
+        return self.encode(self.chat_text(messages, add_generation_prompt, values), add_special_tokens=False)
 
-    def chat_text(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the template writes it; InvalidRequest if there is no template or it refuses."""
+    def chat_text(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, values: Json | None = None) -> str:
+        """The conversation as the template writes it; InvalidRequest if there is no template or it refuses.
+
+        values: what the client tells the template beside the messages, say {"enable_thinking": False}; one it does not read is ignored.
+        """
         if self._template is None:
             raise InvalidRequest("this model has no chat template: send text prompts, or add a chat_template.jinja to the checkpoint")
         if not messages:
             raise InvalidRequest("messages must hold at least one message")
-        values = {**self._special_names, "messages": [_with_reasoning(m) for m in messages], "tools": None, "documents": None}
+        own = {"messages": [_with_reasoning(m) for m in messages], "tools": None, "documents": None}
+        given = {**self._special_names, **_harmless(values or {}), **own, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(**values, add_generation_prompt=add_generation_prompt)
+            return self._template.render(given)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
 
@@ -116,6 +133,10 @@ class Tokenizer:
             self._bytes[token_id] = self._spell(self._core.id_to_token(token_id) or "")
         return self._bytes[token_id]
 
+    def knows(self, token_id: int) -> bool:
+        """Whether the id stands for a token; models may have more rows than their vocabulary has tokens."""
+        return self._core.id_to_token(token_id) is not None
+
     def is_byte_token(self, token_id: int) -> bool:
         """Whether this token is one byte of a byte-fallback run, whose text is open until the run ends."""
         return self.has_byte_fallback and _BYTE_TOKEN.fullmatch(self._core.id_to_token(token_id) or "") is not None
@@ -126,128 +147,6 @@ class Tokenizer:
         if self.has_byte_fallback and _BYTE_TOKEN.fullmatch(token):
             return bytes([int(token[3:5], 16)])
         return token.replace("\u2581", " ").encode()
-
-
-class Detokenizer:
-    """The text of one sequence while its tokens arrive: what was given out never changes.
-
-    All pushes and the flush together give `decode` of all ids. Held back: incomplete UTF-8, and whatever the next token may still change.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._text: _Text = _ByteText(tokenizer) if tokenizer.is_byte_level else _WindowText(tokenizer)
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens made stable; may be empty."""
-        return "".join(self._text.push(i) for i in token_ids if i not in self._skipped)
-
-    def flush(self) -> str:
-        """The rest, once no token will follow; bytes that never became text are U+FFFD."""
-        return self._text.flush()
-
-
-class _Text(Protocol):
-    def push(self, token_id: int) -> str: ...
-
-    def flush(self) -> str: ...
-
-
-class _ByteText:
-    """Byte-level tokens: an incremental UTF-8 decoder is exact, and costs no call into the library."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._bytes_of = tokenizer.token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._bytes_of(token_id))
-
-    def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
-
-
-class _WindowText:
-    """Any other decoder: the difference two decodings make, with the last emitted tokens as context for spaces."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._context: list[int] = []
-        self._context_text = ""
-        self._pending: list[int] = []
-
-    def push(self, token_id: int) -> str:
-        self._pending.append(token_id)
-        if self._tokenizer.is_byte_token(token_id):
-            return ""
-        text = self._new_text()
-        if not text or text.endswith("\ufffd"):
-            return ""
-        self._context, self._pending = self._pending, []
-        self._context_text = self._tokenizer.decode(self._context, skip_special_tokens=False)
-        return text
-
-    def flush(self) -> str:
-        text, self._pending = self._new_text(), []
-        return text
-
-    def _new_text(self) -> str:
-        return self._tokenizer.decode(self._context + self._pending, skip_special_tokens=False)[len(self._context_text) :]
-
-
-@dataclass(frozen=True, slots=True)
-class Emitted:
-    """text: can be shown, no stop string will claim it. stop: the one found; then num_pieces of the pushed pieces were used up."""
-
-    text: str
-    num_pieces: int
-    stop: str | None = None
-
-
-class StopStrings:
-    """Finds the first stop string in text that arrives in pieces, one per token. Pure.
-
-    First is the one that ends first, and of several that end there the longest: so pieces do not matter.
-    The text of the first `skip_pieces` pieces (min_tokens) is not searched.
-    """
-
-    def __init__(self, stops: Sequence[str], skip_pieces: int = 0) -> None:
-        assert all(stops), "an empty stop string matches everywhere"
-        self._stops = tuple(stops)
-        self._skip = skip_pieces
-        self._held = ""
-
-    def push(self, pieces: Sequence[str]) -> Emitted:
-        """Search on through the texts of the next tokens. After a match nothing more may be pushed."""
-        shown: list[str] = []
-        for count, piece in enumerate(pieces, start=1):
-            if self._skip > 0 or not self._stops:
-                self._skip = max(0, self._skip - 1)
-                shown.append(piece)
-                continue
-            text = self._held + piece
-            if found := self._first_in(text):
-                end, start = found
-                self._held = ""
-                return Emitted("".join(shown) + text[:start], count, text[start:end])
-            kept = self._open_length(text)
-            shown.append(text[: len(text) - kept])
-            self._held = text[len(text) - kept :]
-        return Emitted("".join(shown), len(pieces))
-
-    def flush(self) -> str:
-        """What was held back, once no text will follow."""
-        text, self._held = self._held, ""
-        return text
-
-    def _first_in(self, text: str) -> tuple[int, int] | None:
-        found = ((start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0)
-        return min(found, default=None)
-
-    def _open_length(self, text: str) -> int:
-        longest = max(len(stop) for stop in self._stops) - 1
-        starts = range(max(0, len(text) - longest), len(text))
-        return next((len(text) - at for at in starts if any(stop.startswith(text[at:]) for stop in self._stops)), 0)
 
 
 class _GenerationTag(Extension):
@@ -337,6 +236,24 @@ def _sampling_defaults(generation: Json) -> SamplingAsked:
         return SamplingAsked()
     get = generation.get
     return SamplingAsked(temperature=get("temperature"), top_k=get("top_k"), top_p=get("top_p"), min_p=get("min_p"))
+
+
+def unapplied_sampling(model_dir: str | Path) -> tuple[str, ...]:
+    """What generation_config.json recommends for sampling and Baton does not do, as "field value"; empty if all of it is applied."""
+    generation = _read_json(Path(model_dir) / "generation_config.json")
+    asked = {name: generation[name] for name in _UNAPPLIED if generation.get(name) is not None}
+    found = [f"{name} {value}" for name, value in asked.items() if value not in _UNAPPLIED[name]]
+    if generation.get("do_sample") is not True:
+        found += [
+            f"{name} {generation[name]} (do_sample is not true)" for name, off in _ONLY_SAMPLING if generation.get(name) not in (None, off)
+        ]
+    return tuple(found)
+
+
+def _harmless(values: Json) -> Json:
+    if taken := sorted(_OWN_VALUES & values.keys()):
+        raise InvalidRequest(f"chat_template_kwargs may not set {', '.join(taken)}", param="chat_template_kwargs")
+    return values
 
 
 def _content(token: Any) -> str:

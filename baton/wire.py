@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from baton import request as types
 from baton.errors import BatonError, InvalidRequest
@@ -169,11 +169,16 @@ def generate_request_from_message(message: inference_pb2.GenerateRequest, timeou
 
 
 def generate_request_to_message(request: types.GenerateRequest) -> inference_pb2.GenerateRequest:
-    """The inverse of generate_request_from_message (the timeout travels as the call's deadline)."""
+    """The inverse of generate_request_from_message (the timeout travels as the call's deadline).
+
+    InvalidRequest for what baton.v1 has no field for: message fields beside role and content, values for the chat template.
+    """
     prompt = request.prompt
+    if prompt.template_values:
+        raise InvalidRequest("baton.v1 carries no values for the chat template; send them over HTTP (chat_template_kwargs)")
     chat = None
     if prompt.messages is not None:
-        messages = [inference_pb2.ChatMessage(role=item["role"], content=item["content"]) for item in prompt.messages]
+        messages = [_chat_message(item) for item in prompt.messages]
         chat = inference_pb2.ChatPrompt(messages=messages, add_generation_prompt=prompt.add_generation_prompt)
     return inference_pb2.GenerateRequest(
         request_id=request.request_id,
@@ -186,6 +191,12 @@ def generate_request_to_message(request: types.GenerateRequest) -> inference_pb2
         stream=request.stream,
         echo=request.echo,
     )
+
+
+def _chat_message(item: Mapping[str, str]) -> inference_pb2.ChatMessage:
+    if more := sorted(item.keys() - {"role", "content"}):
+        raise InvalidRequest(f"messages in baton.v1 have role and content only, not {', '.join(more)}", param="messages")
+    return inference_pb2.ChatMessage(role=item["role"], content=item["content"])
 
 
 def _prompt_from_message(message: inference_pb2.GenerateRequest) -> types.Prompt:

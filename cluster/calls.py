@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from baton.errors import BatonError, ConfigError, InternalError, NodeLost
+
+log = logging.getLogger(__name__)
 
 STOP_S = 8.0
 # After a first failure: how long to wait for the death that caused it, which peers of the dead often notice first.
@@ -27,9 +30,15 @@ T = TypeVar("T")
 
 
 async def end_actor(actor: ActorHandle[Any]) -> None:
-    """Let an actor end by itself within STOP_S, then kill it. A dead one is fine."""
-    with contextlib.suppress(RayActorError, RayTaskError, TimeoutError):
-        await asyncio.wait_for(_awaited(actor.stop.remote()), STOP_S)
+    """Let an actor end by itself within STOP_S, then kill it. A dead one is fine; one that could not is told in the log."""
+    try:
+        with contextlib.suppress(RayActorError):
+            async with asyncio.timeout(STOP_S):
+                await actor.stop.remote()
+    except TimeoutError:
+        log.warning("%s has not ended within %g s and is killed", actor, STOP_S)
+    except RayTaskError as error:
+        log.warning("%s could not end by itself and is killed: %s", actor, error)
     ray.kill(actor, no_restart=True)
 
 
@@ -75,7 +84,3 @@ def reason(error: BaseException) -> str:
     if found := _EXIT.search(text):
         return f"its process died ({found[1].strip()})"
     return text[:300] or type(error).__name__
-
-
-async def _awaited(reference: Any) -> Any:
-    return await reference

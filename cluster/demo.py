@@ -87,6 +87,7 @@ async def _demo(console: Console) -> list[Check]:
     with KeptCluster(demo_config()) as cluster:
         with LaunchDisplay(console) as display:
             info = cluster.start(display)
+        _wait_all_proven(cluster)
         console.print(
             f"serving on [cyan]http://{info.http}[/] and [cyan]grpc://{info.grpc}[/]; submitting {len(_PROMPTS)} prompts at once\n"
         )

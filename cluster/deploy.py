@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +19,8 @@ from baton.config import BatonConfig
 from baton.errors import ConfigError, NotFound
 from cluster.local import connect, connect_environment
 from cluster.machine import with_absolute_model
-from cluster.serve import first_signal_interrupts, ready_line
+from cluster.plan import FRONT
+from cluster.serve import first_signal_interrupts, ready_line, warn_unapplied
 
 _NAMESPACE = "baton-"
 
@@ -31,6 +32,7 @@ def up(config: BatonConfig, name: str, *, show_logs: bool = False) -> int:
             raise ConfigError(
                 f"a cluster named {name!r} is already up; take it down with `baton down --name {name}`, or choose another name"
             )
+        warn_unapplied(config, Console(stderr=True))
         print(ready_line(asyncio.run(_launch(with_absolute_model(config)))), flush=True)
     return 0
 
@@ -39,7 +41,8 @@ def status(address: str | None, name: str) -> int:
     """Print groups, pairs and what every rank holds. Raises NotFound if there is no such cluster."""
     with _connected(address, name):
         names = _existing(name)
-        print_report(asyncio.run(_ask_router()), asyncio.run(_ask_ranks(names)))
+        router = asyncio.run(_ask_router()) if FRONT in names else {"summary": _without_router(name)}
+        print_report(router, asyncio.run(_ask_ranks(names)))
     return 0
 
 
@@ -50,6 +53,10 @@ def down(address: str | None, name: str) -> int:
         asyncio.run(_end(names))
         print(f"{name} is down: {len(names)} processes ended")
     return 0
+
+
+def _without_router(name: str) -> str:
+    return f"the router of {name!r} is gone, so nothing is served; these ranks still run. Take them down: baton down --name {name}"
 
 
 def print_report(router: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
@@ -68,13 +75,24 @@ def print_report(router: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
 def _connected(address: str | None, name: str, *, show_logs: bool = False) -> Iterator[None]:
     # This process is ours and short-lived, so its environment may say how to talk to Ray; Ray reads it when it is imported.
     os.environ.update(connect_environment(dict(os.environ)))
-    connect(address or os.environ.get("RAY_ADDRESS", "auto"), namespace=_NAMESPACE + name, show_logs=show_logs)
+    connect(address or _address_from(os.environ), namespace=_NAMESPACE + name, show_logs=show_logs)
     import ray
 
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _address_from(environment: Mapping[str, str]) -> str:
+    """RAY_ADDRESS. Ray's own "auto" is not asked: it would also adopt the private Ray of a `baton serve` on this host, and hang."""
+    address = environment.get("RAY_ADDRESS", "")
+    if not address:
+        raise ConfigError(
+            "no Ray cluster is named: give --ray-address HOST:PORT or set RAY_ADDRESS; "
+            "a cluster of `baton serve` is asked by `baton status --address HOST:PORT` (its gRPC address)"
+        )
+    return address
 
 
 async def _launch(config: BatonConfig) -> Any:
@@ -121,7 +139,6 @@ def _existing(name: str) -> list[str]:
 
 async def _ask_router() -> dict[str, Any]:
     from cluster.calls import result
-    from cluster.launch import FRONT
 
     answer: dict[str, Any] = await result(FRONT, "report", _actor(FRONT).status.remote())
     return answer
@@ -131,7 +148,6 @@ async def _ask_ranks(names: list[str]) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
     from cluster.calls import first_failure, result
-    from cluster.launch import FRONT
 
     counts = await first_failure([result(name, "count", _actor(name).counts.remote()) for name in names if name != FRONT])
     return [asdict(item) for item in counts]
@@ -139,7 +155,6 @@ async def _ask_ranks(names: list[str]) -> list[dict[str, Any]]:
 
 async def _end(names: list[str]) -> None:
     from cluster.calls import end_actor
-    from cluster.launch import FRONT
     from cluster.placement import release_all
 
     for first in (True, False):  # the router first: it ends the requests

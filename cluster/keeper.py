@@ -61,9 +61,11 @@ class Keeper:
             await cluster.stop()
 
     async def _listen(self, gone: asyncio.Event, questions: asyncio.Queue[Question]) -> None:
-        while line := await self._parent.readline():
-            questions.put_nowait(Question.model_validate_json(line))
-        gone.set()
+        try:
+            while line := await self._parent.readline():
+                questions.put_nowait(Question.model_validate_json(line))
+        finally:  # a parent that cannot be understood is as good as gone
+            gone.set()
 
     async def _up_unless(self, gone: asyncio.Event, cluster: Cluster) -> bool:
         """Whether the cluster is up; if not, the parent has been told why, or hung up."""

@@ -190,12 +190,14 @@ class KeptCluster:
     def _read(self, process: subprocess.Popen[str]) -> None:
         """Runs on the reader thread until the keeper closes its end."""
         assert process.stdout is not None
-        with process.stdout as lines:
-            for line in lines:
-                self._dispatch(EVENT.validate_json(line))
-        for future in list(self._pending.values()):
-            future.set_exception(InternalError("the cluster ended before it answered", stage="cluster"))
-        self._events.put(None)
+        try:
+            with process.stdout as lines:
+                for line in lines:
+                    self._dispatch(EVENT.validate_json(line))
+        finally:  # whatever happens, nobody waits for a thread that has ended
+            for future in list(self._pending.values()):
+                future.set_exception(InternalError("the cluster ended before it answered", stage="cluster"))
+            self._events.put(None)
 
     def _dispatch(self, event: Event) -> None:
         if not isinstance(event, Reply):

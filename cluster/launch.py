@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
@@ -23,11 +23,10 @@ from cluster.actors import Front, Rank
 from cluster.calls import end_actor, first_failure, reason, result
 from cluster.messages import ClusterInfo, Lost, Progress, RankInfo, Stage
 from cluster.placement import Placed, placed, release_all, reserve
-from cluster.plan import asks, rank_plans
+from cluster.plan import FRONT, asks, rank_plans
 from ranks.facts import RankAddress, RankCounts
 
 _PROGRESS_S = 0.25
-FRONT = "router"
 
 Say = Callable[[Stage | Progress], None]
 
@@ -174,7 +173,7 @@ class Cluster:
     async def _watch_one(self, name: str, actor: ActorHandle[Any], lost: Callable[[Lost], None]) -> None:
         try:
             await actor.serving.remote()
-        except RayActorError as error:
+        except (RayActorError, RayTaskError) as error:
             lost(Lost(name=name, pid=self.pid_of(name) or 0, reason=reason(error)))
 
     async def stop(self) -> None:

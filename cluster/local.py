@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import site
+import socket
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cluster.plan import RANK_RESOURCE
 
 HOME_PREFIX = "baton-"
 NAMESPACE = "baton"
+PROBE_S = 5.0
 OBJECT_STORE_BYTES = 80 * 2**20
 # Unix sockets have at most 107 bytes of path, of which Ray's session directory and socket names take 69.
 _MAX_HOME_BYTES = 107 - 69
@@ -94,6 +96,7 @@ def connect(address: str, *, namespace: str | None = None, show_logs: bool = Fal
     import ray  # reads the environment when it is imported
 
     needed = import_environment(dict(os.environ))
+    _probe(address)
     try:
         ray.init(
             address=address,
@@ -104,6 +107,17 @@ def connect(address: str, *, namespace: str | None = None, show_logs: bool = Fal
         )
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise Unavailable(f"cannot connect to the Ray cluster at {address}: {error}", stage="ray", cause="no_ray") from error
+
+
+def _probe(address: str) -> None:
+    """Raise Unavailable unless something listens at host:port; Ray itself would wait for minutes. Other forms of address are Ray's business."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+    except OSError as error:
+        raise Unavailable(f"no Ray cluster answers at {address} within {PROBE_S:g} s: {error}", stage="ray", cause="no_ray") from error
 
 
 def connect_environment(inherited: dict[str, str]) -> dict[str, str]:

@@ -23,15 +23,11 @@ PLACE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A node's slots, reserved on one host until `release`; dies with the job that asked, unless detached."""
+    """A node's slots, reserved on one host until `release_all`; dies with the job that asked, unless detached."""
 
     ask: NodeAsk
     host: Host
     group: PlacementGroup
-
-    def release(self) -> None:
-        """Give the slots back. Actors still on them are killed by Ray."""
-        remove_placement_group(self.group)
 
 
 def reserve(ask: NodeAsk, *, detached: bool) -> PlacementGroup:
@@ -89,6 +85,6 @@ def _no_machine(ask: NodeAsk) -> ResourceExhausted:
 
 
 def release_all(groups: Sequence[PlacementGroup]) -> None:
-    """Remove placement groups, reserved or not."""
+    """Remove placement groups, reserved or not. Ray kills actors still on them."""
     for group in groups:
         remove_placement_group(group)

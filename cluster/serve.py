@@ -14,6 +14,7 @@ from rich.console import Console
 
 from baton.config import BatonConfig
 from baton.errors import Unavailable
+from baton.tokenizer import unapplied_sampling
 from cluster.display import LaunchDisplay
 from cluster.kept import KeptCluster
 from cluster.messages import ClusterInfo, Lost
@@ -28,6 +29,7 @@ def serve(config: BatonConfig, *, show_logs: bool = False) -> int:
     """
     console = Console(stderr=True)
     with first_signal_interrupts(), KeptCluster(config, show_logs=show_logs) as cluster:
+        warn_unapplied(config, console)
         try:
             with LaunchDisplay(console) as display:
                 info = cluster.start(display)
@@ -36,6 +38,14 @@ def serve(config: BatonConfig, *, show_logs: bool = False) -> int:
         except KeyboardInterrupt:
             console.print("stopping ...", highlight=False, soft_wrap=True)
     return 0
+
+
+def warn_unapplied(config: BatonConfig, console: Console) -> None:
+    """Say what the checkpoint recommends for sampling and nobody will do: answers may differ from other servers' for it."""
+    for asked in unapplied_sampling(config.model):
+        console.print(
+            f"warning: generation_config.json asks for {asked}, which is not applied", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def ready_line(info: ClusterInfo) -> str:

@@ -90,12 +90,17 @@ class Intake:
         key = (admitted.request_id, admitted.attempt)
         task = asyncio.create_task(self._run(Progress(key, admitted.matched_blocks, time.monotonic()), source, deadline))
         self._tasks[key] = task
-        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+        task.add_done_callback(lambda task: self._ended(key, task))
 
     def cancel(self, key: Key) -> bool:
         """Stop a pull; False if there is none. Its blocks come back when its reads have ended."""
         task = self._tasks.get(key)
         return task is not None and task.cancel()
+
+    def _ended(self, key: Key, task: asyncio.Task[None]) -> None:
+        del self._tasks[key]
+        if not task.cancelled() and task.exception():
+            log.error("the end of the pull of %s failed", key, exc_info=task.exception())
 
     async def close(self) -> None:
         """Cancel all pulls and wait until their reads have ended (each has a deadline)."""
@@ -141,13 +146,17 @@ class Intake:
 async def to_the_end(reading: Awaitable[int]) -> int:
     """Bytes read. A cancel waits until the read has ended, so that no late byte lands in a block that is given back.
 
-    The wait is bounded by the read's own deadline.
+    The wait is bounded by the read's own deadline, and no further cancel (the node closes) cuts it short.
     """
     task = asyncio.ensure_future(reading)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        if not task.cancelled() and task.exception():
-            log.debug("a cancelled pull's read failed as well: %s", task.exception())
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return task.result()
+    if not task.cancelled() and task.exception():
+        log.debug("a cancelled pull's read failed as well: %s", task.exception())
+    raise cancelled

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from baton.engine.batch import Batch, Sampled
 from baton.engine.blocks import BlockPool
-from baton.errors import BatonError, Cancelled, ResourceExhausted
+from baton.errors import BatonError, Cancelled, NodeLost, ResourceExhausted
 from baton.request import SequenceRequest, TokenEvent
 from decode_node.intake import Intake, PullSource
 from decode_node.reader import GroupReader
 from decode_node.scheduler import DecodeScheduler
 from kv_transfer.client import PullClient
 from kv_transfer.lease import FinalToken
-from ranks.desk import Desk
+from ranks.desk import Desk, no_token
 from ranks.drive import Drive
 from ranks.facts import GroupHello
 from ranks.host import RankHost
@@ -65,6 +65,7 @@ class DecodeLeader:
         """Queue a sequence, in the place of its earlier attempts; refusals go back as its error."""
         self.desk.cancel(request.request_id, request.attempt - 1, "a later attempt has come")
         try:
+            self.desk.check_open()
             self.scheduler.add(request)
         except BatonError as error:
             self.desk.refuse(session, request.key, error)
@@ -95,7 +96,12 @@ class DecodeLeader:
         self._admit()
 
     def _pull_failed(self, key: Key, error: BatonError) -> None:
-        """The pull is over and nothing can land any more, whether or not the sequence had been given up before."""
+        """The pull is over and nothing can land any more, whether or not the sequence had been given up before.
+
+        A cancel that did not come from here was some rank's on its way down: the router must hear of it, and try elsewhere.
+        """
+        if isinstance(error, Cancelled):
+            error = NodeLost(f"the pull was cut off: {error.message}", stage="pull", node=self._name)
         self._end(key, error)
         self._quiesced(key)
 
@@ -113,13 +119,13 @@ class DecodeLeader:
         return batch
 
     def apply(self, sampled: Sampled) -> None:
-        """Deliver what was drawn; what finished makes room for what waits."""
-        events = self.scheduler.apply(sampled)
-        for event in events:
+        """Deliver what was drawn. What finished, or was cancelled during the step, makes room for what waits."""
+        for event in self.scheduler.apply(sampled):
             self._deliver(event)
+        for key in self.scheduler.take_failed():
+            self._end(key, no_token("decode", self._name))
         self.desk.flush()
-        if any(event.finish_reason for event in events):
-            self._admit()
+        self._admit()
 
     def _deliver(self, event: TokenEvent) -> None:
         if self.desk.deliver(event) and event.finish_reason:

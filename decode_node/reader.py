@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from baton.deadline import Deadline
+from baton.errors import Unavailable
 from kv_transfer.reader import Reader
 from kv_transfer.transport import Export
 from ranks.facts import ReadOrder
 from ranks.service import Peer
 
 CONNECT_S = 5.0
+MAX_SOURCES = 64
 
 
 class RankReader:
-    """One rank's own reads, for asyncio. Owner of nothing: the Reader belongs to the node."""
+    """One rank's own reads, for asyncio. The Reader belongs to the node.
+
+    Prefill incarnations come and go while this rank lives: the MAX_SOURCES pulled from most recently stay connected.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._transports: dict[bytes, str] = {}
+        self._transports: OrderedDict[bytes, str] = OrderedDict()
 
     def knows(self, incarnation: bytes) -> str | None:
-        """The transport to a prefill incarnation, if it has been connected."""
+        """The transport to a prefill incarnation, if it is connected."""
+        if incarnation in self._transports:
+            self._transports.move_to_end(incarnation)
         return self._transports.get(incarnation)
 
     async def take_sources(self, incarnation: bytes, exports: Sequence[Export]) -> str:
         """Reach a prefill node's ranks; the transport chosen. Raises Incompatible, Unavailable, DeadlineExceeded."""
         peer = await asyncio.to_thread(self._reader.connect, incarnation, exports, Deadline.after(CONNECT_S))
         self._transports[incarnation] = peer.transport
+        while len(self._transports) > MAX_SOURCES:
+            self._reader.forget(self._transports.popitem(last=False)[0])
         return peer.transport
 
     async def read(self, order: ReadOrder, deadline: Deadline) -> int:
@@ -43,18 +53,25 @@ class GroupReader:
     def __init__(self, own: RankReader, followers: Sequence[Peer]) -> None:
         self._own = own
         self._followers = followers
-        self._exports: dict[bytes, Sequence[Export]] = {}  # of every prefill incarnation this group has pulled from
+        self._reaching: dict[bytes, asyncio.Task[str]] = {}  # by incarnation, until connected or failed
 
     async def learn(self, incarnation: bytes, exports: Sequence[Export]) -> str:
-        """Have every rank reach a prefill node, once per incarnation; the transport the leader uses. Raises BatonError.
+        """Have every rank reach a prefill node; the transport the leader uses. Raises BatonError.
 
-        exports: empty if a router told them before.
+        exports: empty if the router has told them before. Pulls that need the same node wait for one attempt to reach it.
         """
         known = self._own.knows(incarnation)
         if known is not None:
             return known
-        exports = exports or self._exports.get(incarnation, ())
-        self._exports[incarnation] = exports
+        task = self._reaching.get(incarnation)
+        if task is None:
+            task = self._reaching[incarnation] = asyncio.create_task(self._reach(incarnation, exports))
+            task.add_done_callback(lambda _: self._reaching.pop(incarnation))
+        return await asyncio.shield(task)
+
+    async def _reach(self, incarnation: bytes, exports: Sequence[Export]) -> str:
+        if not exports:
+            raise Unavailable("this group does not know (any more) where the prefill node's blocks are; introduce it again", stage="pull")
         await asyncio.gather(*(follower.sources(incarnation, exports) for follower in self._followers))
         return await self._own.take_sources(incarnation, exports)
 

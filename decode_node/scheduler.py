@@ -115,6 +115,7 @@ class DecodeScheduler:
         self._active: dict[int, _Entry] = {}  # by arrival: ADMITTED, PULLING, RUNNING
         self._planned: list[_Entry] = []  # rows of the step between plan and apply
         self._suspended: list[Key] = []  # until take_suspended
+        self._failed: list[Key] = []  # until take_failed
 
     def add(self, request: SequenceRequest) -> None:
         """A sequence to generate. Raises ResourceExhausted if too many wait, InvalidRequest if it can never run here or is here."""
@@ -211,12 +212,15 @@ class DecodeScheduler:
         return suspended
 
     def apply(self, sampled: Sampled) -> tuple[TokenEvent, ...]:
-        """The planned step is done: one event per sequence that is still wanted."""
+        """The planned step is done: one event per sequence that is still wanted. Those whose logits were no numbers are `take_failed`."""
         planned, self._planned = self._planned, []
         events: list[TokenEvent] = []
         for row, entry in enumerate(planned):
             entry.in_step = False
             entry.sequence.num_computed += 1
+            if row in sampled.failed_rows:  # what it wrote must not reach others through the tree
+                self._fail(entry)
+                continue
             entry.sequence.enter_tree(self._pool)
             if entry.stage is Stage.RUNNING:
                 event = entry.sequence.event(sampled, row)
@@ -225,6 +229,16 @@ class DecodeScheduler:
             if entry.stage is Stage.ENDING or events[-1].finish_reason:
                 self._end(entry)
         return tuple(events)
+
+    def take_failed(self) -> tuple[Key, ...]:
+        """Sequences that ended since the last call because no token could be drawn: the router must be told."""
+        failed, self._failed = tuple(self._failed), []
+        return failed
+
+    def _fail(self, entry: _Entry) -> None:
+        if entry.stage is Stage.RUNNING:
+            self._failed.append(entry.key)
+        self._end(entry)
 
     def cancel(self, request_id: str, attempt: int, *, quarantine: bool) -> bool:
         """This attempt and all before it are over; whether there were any.

@@ -33,10 +33,9 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
         self,
         request_iterator: AsyncIterator[node_pb2.DecodeCommand],
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
-    ) -> AsyncIterator[node_pb2.NodeEvent]:
+    ) -> None:
         """See proto."""
-        async for event in serve_control(request_iterator, context, self._leader, self._take):
-            yield event
+        await serve_control(request_iterator, context, self._leader, self._take)
 
     def _take(self, session: Session, command: node_pb2.DecodeCommand) -> None:
         match command.WhichOneof("command"):

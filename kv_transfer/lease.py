@@ -2,12 +2,15 @@
 
                  pull first            open            final announcement          release (highest attempt)
     (unknown) ──────────────▶ EXPECTED ─────▶ OPEN ─────────────────────▶ COMPLETE ───────────▶ RELEASED
-        └──────────────────── open ──────────▲  │                            │
-                                                └──── revoke · expire · fail ┴──▶ REVOKED, EXPIRED, FAILED
+        └──────────────────── open ──────────▲  ▲────────── rewind ──────────┤
+                                                └───────── expire · fail ────┴──▶ EXPIRED, FAILED
 
 A *link* is one open Pull stream, named by its attempt. Its peer may read blocks until the link has closed, so a lease that ended
 is *settled*, and its blocks may be used again, only when it has no link any more: a timer alone never frees a block.
 A settled lease leaves a tombstone, so that late messages about it are answered instead of awaited.
+
+A lease that no decode counts on is revocable (design rule 3): it is *rewound*, as if it had just been opened, and its blocks may be
+used at once, since nobody has been told of them; its prompt is computed and announced again under the same number.
 """
 
 from __future__ import annotations
@@ -29,7 +32,6 @@ class LeaseState(enum.Enum):
     OPEN = "open"  # computing, announcing
     COMPLETE = "complete"  # all announced, held for the puller
     RELEASED = "released"
-    REVOKED = "revoked"
     EXPIRED = "expired"
     FAILED = "failed"
 
@@ -46,16 +48,18 @@ class LeaseEvent(enum.Enum):
     ANNOUNCE = "announce"
     FINISH = "finish"  # the last announcement
     RELEASE = "release"
-    REVOKE = "revoke"
+    REWIND = "rewind"  # the blocks are taken back and will be computed again
     EXPIRE = "expire"
     FAIL = "fail"
 
 
-_ENDS = {LeaseEvent.REVOKE: LeaseState.REVOKED, LeaseEvent.EXPIRE: LeaseState.EXPIRED, LeaseEvent.FAIL: LeaseState.FAILED}
+_ENDS = {LeaseEvent.EXPIRE: LeaseState.EXPIRED, LeaseEvent.FAIL: LeaseState.FAILED}
 TRANSITIONS = {
     (LeaseState.EXPECTED, LeaseEvent.OPEN): LeaseState.OPEN,
     (LeaseState.OPEN, LeaseEvent.ANNOUNCE): LeaseState.OPEN,
     (LeaseState.OPEN, LeaseEvent.FINISH): LeaseState.COMPLETE,
+    (LeaseState.OPEN, LeaseEvent.REWIND): LeaseState.OPEN,
+    (LeaseState.COMPLETE, LeaseEvent.REWIND): LeaseState.OPEN,
     (LeaseState.COMPLETE, LeaseEvent.RELEASE): LeaseState.RELEASED,
     **{(state, event): end for state in LeaseState if not state.ended for event, end in _ENDS.items()},
 }
@@ -93,7 +97,7 @@ class Announced:
 
 @dataclass(slots=True)
 class Lease:
-    """One lease. Owned by its LeaseTable; ends by release, revocation, failure or `deadline_s`, settles when its last link closes.
+    """One lease. Owned by its LeaseTable; ends by release, failure or `deadline_s`, settles when its last link closes.
 
     attempt: the highest that has pulled, 0 before any. links: attempts whose Pull stream is open. opened: its request has come.
     accepted: a decode group has reserved room for the reader. blocks: (id, generation) announced. error: why it failed.
@@ -119,8 +123,8 @@ class Lease:
 
     @property
     def revocable(self) -> bool:
-        """Whether no decode counts on it: none has accepted, none is pulling."""
-        return not (self.state.ended or self.accepted or self.links)
+        """Whether its request has come and no decode counts on it: none has accepted, none is pulling."""
+        return self.opened and not (self.state.ended or self.accepted or self.links)
 
     def apply(self, event: LeaseEvent) -> None:
         """The only way to change the state; raises InternalError for an event that cannot happen in it."""
@@ -233,12 +237,14 @@ class LeaseTable:
         self._touch(lease, now_s)
         self._settle(lease, now_s)
 
-    def revoke(self, number: int, now_s: float) -> bool:
-        """Take the blocks back if no decode counts on them."""
+    def rewind(self, number: int) -> bool:
+        """Take the blocks back if no decode counts on them: the lease is open, and nothing has been announced."""
         lease = self._leases.get(number)
         if lease is None or not lease.revocable:
             return False
-        self._end(lease, LeaseEvent.REVOKE, now_s)
+        lease.apply(LeaseEvent.REWIND)
+        lease.blocks, lease.final = [], None
+        lease.deadline_s = lease.request_deadline_s
         return True
 
     def fail(self, number: int, error: BatonError, now_s: float) -> None:

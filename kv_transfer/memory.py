@@ -21,7 +21,7 @@ from kv_transfer.transport import Check, Int64, Spans, Ticket
 
 UInt8 = NDArray[np.uint8]
 
-SLICE_BYTES = 8 * 2**20  # copied between two looks at sockets, aborts and deadlines: about a millisecond
+SLICE_BYTES = 8 * 2**20  # the most copied between two looks at sockets, aborts and deadlines: about a millisecond
 _STRIDED_BELOW = 64 * 2**10
 _MIN_PATTERN = 4
 
@@ -128,7 +128,8 @@ class _Copy:
 
 
 def sliced(spans: Spans) -> Iterator[Spans]:
-    """The spans in portions of about SLICE_BYTES; a longer span is a portion of its own."""
+    """The spans in portions of at most SLICE_BYTES."""
+    spans = _shortened(spans)
     ends = np.cumsum(spans.nbytes)
     at = 0
     while at < len(spans):
@@ -136,6 +137,16 @@ def sliced(spans: Spans) -> Iterator[Spans]:
         until = max(at + 1, int(np.searchsorted(ends, done + SLICE_BYTES, side="right")))
         yield spans[at:until]
         at = until
+
+
+def _shortened(spans: Spans) -> Spans:
+    """Spans of more than SLICE_BYTES, as neighbouring blocks make them, cut into several."""
+    counts = -(-spans.nbytes // SLICE_BYTES)
+    if not (counts > 1).any():
+        return spans
+    of = np.repeat(np.arange(len(spans)), counts)
+    at = SLICE_BYTES * (np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts))
+    return Spans(spans.source[of] + at, spans.target[of] + at, np.minimum(spans.nbytes[of] - at, SLICE_BYTES))
 
 
 def move(spans: Spans, source: memoryview, target: memoryview) -> None:

@@ -30,8 +30,8 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
     """Leases of one prefill incarnation and the Pull streams that read them. One event loop owns it; nothing in it blocks.
 
     For every number given to `open`, exactly one `on_ended(number, state)` comes, possibly from within the call that ended it: from
-    then on nobody reads the blocks. `on_opened(number)`: a decode pulls an opened lease. `on_closed(number)`: the current Pull went
-    away without release; the lease is held for another one until lease_s have passed.
+    then on nobody reads the blocks. `on_opened(number)`: a decode pulls an opened lease. `on_closed(number)`: its last Pull went
+    away without release, nobody reads its blocks now; the lease is held for another one until lease_s have passed.
     drain_s: how long the peer of a fenced or ended lease may take to stop reading before its stream is closed for it.
     """
 
@@ -89,16 +89,9 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         self._changed(number)
         return known
 
-    def revoke(self, number: int) -> bool:
-        """Take the lease back if no decode counts on it (none accepted, none pulls)."""
-        revoked = self._table.revoke(number, time.monotonic())
-        self._changed(number)
-        return revoked
-
-    def revocable(self, number: int) -> bool:
-        """Whether `revoke` would."""
-        lease = self._table.get(number)
-        return lease is not None and lease.revocable
+    def rewind(self, number: int) -> bool:
+        """Take the blocks back if no decode counts on them (none accepted, none pulls): all will be announced again, from the first on."""
+        return self._table.rewind(number)
 
     def fail(self, number: int, error: BatonError) -> None:
         """The request ended here without blocks to read (error, cancel). Unknown numbers are remembered: who comes later is refused."""
@@ -213,7 +206,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         lease = self._table.get(link.number)
         self._table.close(link.number, link.attempt, time.monotonic())
         self._changed(link.number)
-        if lease and lease.opened and not lease.state.ended and lease.attempt == link.attempt:
+        if lease and lease.opened and not lease.state.ended and not lease.links:
             self._on_closed(link.number)
 
     def _changed(self, number: int) -> None:
@@ -235,9 +228,10 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         self._timer = None if at_s == math.inf else asyncio.get_running_loop().call_later(delay_s, self._expire)
 
     def _expire(self) -> None:
-        for lease in self._table.expire(time.monotonic()):
+        overdue = self._table.expire(time.monotonic())
+        self._arm(self._table.next_deadline_s())  # first: no listener's bug may stop the clock
+        for lease in overdue:
             self._changed(lease.number)
-        self._arm(self._table.next_deadline_s())
 
     def _error_reply(self, error: BatonError) -> transfer_pb2.PullReply:
         reply = transfer_pb2.PullReply(error=error_to_message(error))

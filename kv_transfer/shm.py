@@ -77,7 +77,10 @@ class ShmSource:
         self._thread.watch(sock, READ, lambda _: self._drop(sock))
 
     def _hand_over(self, sock: socket.socket) -> bool:
-        fd = self._pool.readonly_fd()
+        try:
+            fd = self._pool.readonly_fd()
+        except OSError:
+            return False  # no descriptors left: this reader tries again or takes tcp
         try:
             socket.send_fds(sock, [_ACCEPTED], [fd])
         except OSError:
@@ -156,10 +159,12 @@ def _mapped(line: socket.socket, export: Export, deadline: Deadline) -> View:
         line.settimeout(max(deadline.left_s(), 0.001))
         line.connect("\0" + export.shm_socket.removeprefix("@"))
         line.send(export.nonce)
-        answer, fds, _, _ = socket.recv_fds(line, len(_ACCEPTED), 1)
+        answer, fds, _, _ = socket.recv_fds(line, len(_ACCEPTED), 1, socket.MSG_CMSG_CLOEXEC)
     except OSError as error:
         raise Unavailable(f"no shared pool at {export.shm_socket}: {error}", stage="pull", cause="shm") from error
     if answer != _ACCEPTED or not fds:
+        for fd in fds:
+            os.close(fd)
         raise Incompatible(f"{export.shm_socket} refuses: it is another pool's", stage="pull", cause="nonce")
     view = map_readonly(fds[0])
     if not view.alive(export.nonce) or len(view.data) != export.pool_bytes:

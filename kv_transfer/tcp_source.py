@@ -31,7 +31,8 @@ class TcpSource:
     """Listens for readers of one pool. Lives on the transfer thread; `close` ends the listener and every connection.
 
     A connection is made by a reader's connect and ends when the reader closes it, sends a frame that makes no sense or does not end
-    within frame_s, takes not one byte for stall_s, or with us. At most max_connections; more are closed at once.
+    within frame_s (the first one, which proves that it is a reader, from the connect), takes not one byte for stall_s, or with us.
+    At most max_connections; more are closed at once.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class _Connection:
     def __init__(self, source: TcpSource, sock: socket.socket) -> None:
         self._source = source
         self._sock = sock
-        self._timer: Timer | None = None
+        self._timer: Timer | None = source.thread.at(Deadline.after(source.frame_s), self.close)
         self._header: RequestHeader | None = None
         self._request: Request | None = None
         self._moved = True

@@ -6,6 +6,7 @@ gRPC and must not carry bytes, and scatter-gather sockets want plain readiness.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import os
 import selectors
@@ -186,14 +187,18 @@ class TransferThread:
             self._open = False
             self._calls.clear()
         why = self._over()
-        for exit_call in tuple(self._exits):
-            exit_call(why)
+        with contextlib.ExitStack() as last_to_first:  # one that fails keeps none of the others from ending
+            last_to_first.callback(os.close, self._wake_fd)
+            last_to_first.callback(self._selector.close)
+            last_to_first.callback(self._end_pending, why)
+            for exit_call in tuple(self._exits):
+                last_to_first.callback(exit_call, why)
+
+    def _end_pending(self, why: BatonError) -> None:
         for future in tuple(self._pending):
             future.set_exception(why)
         for kept in (self._exits, self._timers, self._work):  # they hold mappings
             kept.clear()
-        self._selector.close()
-        os.close(self._wake_fd)
 
     def _post_stop(self, call: Callable[[], None]) -> None:
         self.post(call)  # a thread that has ended has ended the read, too

@@ -13,7 +13,7 @@ from kv_transfer.lease import FinalToken, LeaseState
 from kv_transfer.server import TransferService
 from kv_transfer.transport import Export
 from prefill_node.scheduler import PrefillOutcome, PrefillScheduler
-from ranks.desk import Desk
+from ranks.desk import Desk, no_token
 from ranks.drive import Drive
 from ranks.facts import GroupHello
 from ranks.host import RankHost
@@ -74,6 +74,7 @@ class PrefillLeader:
         """Queue a request, in the place of its earlier attempts; refusals go back as its error."""
         self.desk.cancel(request.request_id, request.attempt - 1, "a later attempt has come")
         try:
+            self.desk.check_open()
             self.scheduler.add(request, lease)
         except BatonError as error:
             self.desk.refuse(session, request.key, error)
@@ -100,9 +101,10 @@ class PrefillLeader:
     # What the drive asks (see Planner).
 
     def plan(self) -> Batch:
-        """The next step's work. Leases revoked for it are withdrawn before anything else can run."""
+        """The next step's work. Leases revoked for it are rewound before anything else can run."""
         for lease in self.scheduler.make_room():
-            self.transfer.revoke(lease)
+            rewound = self.transfer.rewind(lease)
+            assert rewound, "the scheduler and the lease table disagree about who counts on a lease"
         return self.scheduler.plan()
 
     def apply(self, sampled: Sampled) -> None:
@@ -110,6 +112,8 @@ class PrefillLeader:
         outcome = self.scheduler.apply(sampled)
         for event in outcome.events:
             self._deliver(event)
+        for key in outcome.failed:
+            self._end(key, no_token("prefill", self._node))
         self.desk.flush()
         self._announce(outcome)
 
@@ -124,7 +128,11 @@ class PrefillLeader:
         for announced in outcome.announcements:
             self.transfer.announce(announced.lease, announced.first_block, announced.blocks, _final(announced.final))
         for lease in outcome.ended:
-            self.transfer.fail(lease, LeaseLost("the request ended with its first token", stage="prefill", node=self._node))
+            self._fail_ended(lease)
+
+    def _fail_ended(self, lease: int) -> None:
+        """The blocks are given up: a pull that still comes finds the lease gone, and the request's entry goes with it."""
+        self.transfer.fail(lease, LeaseLost("the request ended with its first token", stage="prefill", node=self._node))
 
     # What happens to leases.
 
@@ -133,13 +141,12 @@ class PrefillLeader:
         self.drive.poke()
 
     def _pull_closed(self, lease: int) -> None:
-        self.scheduler.closed(lease)
+        if self.scheduler.closed(lease):
+            self._fail_ended(lease)
         self.drive.poke()
 
     def _lease_ended(self, lease: int, state: LeaseState) -> None:
-        """Nobody reads the lease's blocks any more. After a revocation its prompt waits to be computed again."""
-        if state is LeaseState.REVOKED:
-            return
+        """Nobody reads the lease's blocks any more."""
         self.scheduler.release(lease)
         key = self._by_lease.pop(lease, None)
         entry = self.desk.get(key) if key else None

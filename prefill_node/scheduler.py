@@ -19,7 +19,7 @@ from itertools import islice
 
 from baton.engine.batch import Batch, Row, Sampled
 from baton.engine.blocks import BlockPool, blocks_for
-from baton.engine.sequence import Answer, Sequence, WaitingLine, check_sequence
+from baton.engine.sequence import Answer, Key, Sequence, WaitingLine, check_sequence
 from baton.errors import InvalidRequest, ResourceExhausted
 from baton.request import SequenceRequest, TokenEvent
 
@@ -62,11 +62,12 @@ class Announced:
 
 @dataclass(frozen=True, slots=True)
 class PrefillOutcome:
-    """What a step brought. ended: leases whose blocks were given up; a pull that comes for one finds it gone."""
+    """What a step brought. failed: attempts that ended because no token could be drawn. ended: leases whose blocks were given up; a pull that comes for one finds it gone."""
 
     events: tuple[TokenEvent, ...] = ()
     announcements: tuple[Announced, ...] = ()
     ended: tuple[int, ...] = ()
+    failed: tuple[Key, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class PrefillLoad:
 
 @dataclass(slots=True, eq=False)
 class _Prompt:
-    """accepted: a decode group has room for it. num_pulls: open pulls on its lease. in_step: the planned step writes its blocks."""
+    """accepted: a decode group has room for it. pulled: by one decode or more. in_step: the planned step writes its blocks."""
 
     sequence: Sequence
     lease: int
@@ -90,7 +91,7 @@ class _Prompt:
     accepted: bool = False
     revoked: bool = False
     in_step: bool = False
-    num_pulls: int = 0
+    pulled: bool = False
     num_announced: int = 0
 
     def to(self, stage: Stage) -> None:
@@ -182,25 +183,27 @@ class PrefillScheduler:
             self._unaccepted.discard(lease)
 
     def opened(self, lease: int) -> None:
-        """A pull is open on this lease: it is accepted, not revocable, and its blocks may be under remote read."""
+        """One more pull is open on this lease: it is accepted, not revocable, and its blocks may be under remote read."""
         self.accept(lease)
         if lease in self._leases:
-            self._leases[lease].num_pulls += 1
+            self._leases[lease].pulled = True
 
-    def closed(self, lease: int) -> None:
-        """A pull ended without release and can read no more. The lease stays for another one, unless its request is over."""
+    def closed(self, lease: int) -> bool:
+        """The last pull ended without release: nobody reads. The lease stays for another one, unless its request is over.
+
+        True if the request is, and its blocks are given up now.
+        """
         prompt = self._leases.get(lease)
-        if prompt is None or prompt.num_pulls == 0:
-            return
-        prompt.num_pulls -= 1
-        if prompt.stage is Stage.ENDING:
-            self._end(prompt)
+        if prompt is None or not prompt.pulled:
+            return False
+        prompt.pulled = False
+        return prompt.stage is Stage.ENDING and self._end(prompt)
 
     def release(self, lease: int) -> None:
         """All reads of this lease have ended, for good: its blocks go to the cache."""
         prompt = self._leases.get(lease)
         if prompt is not None:
-            prompt.num_pulls = 0
+            prompt.pulled = False
             self._end(prompt)
 
     def expire(self, lease: int) -> bool:
@@ -222,7 +225,7 @@ class PrefillScheduler:
     def make_room(self) -> tuple[int, ...]:
         """Revoke leases nobody has accepted, youngest first, if a wanted prompt can then start. Call it before each `plan`.
 
-        The node must withdraw the returned leases before it yields to anything else: their blocks may be written by the
+        The node must rewind the returned leases before it yields to anything else: their blocks may be written by the
         next step. Their prompts wait until a decode group accepts them and are then computed and announced again.
         """
         prompts = (self._leases[lease] for lease in self._unaccepted)
@@ -252,10 +255,15 @@ class PrefillScheduler:
         events: list[TokenEvent] = []
         announcements: list[Announced] = []
         ended: list[int] = []
+        failed: list[Key] = []
         for chunk in chunks:
             prompt = chunk.prompt
             prompt.in_step = False
             prompt.sequence.num_computed = chunk.end
+            if chunk.sampled_row in sampled.failed_rows:  # what it wrote must not reach others through the tree
+                failed += [prompt.sequence.request.key] if prompt.stage is Stage.RUNNING else []
+                self._end(prompt)
+                continue
             prompt.sequence.enter_tree(self._pool)
             if prompt.stage is Stage.RUNNING:
                 final = self._final(chunk, sampled)
@@ -263,7 +271,7 @@ class PrefillScheduler:
                 announcements += self._announce(prompt, final)
             if prompt.stage is Stage.ENDING and self._end(prompt) and prompt.lease:
                 ended.append(prompt.lease)
-        return PrefillOutcome(tuple(events), tuple(announcements), tuple(ended))
+        return PrefillOutcome(tuple(events), tuple(announcements), tuple(ended), tuple(failed))
 
     def load(self) -> PrefillLoad:
         """How busy this node is. O(prompts)."""
@@ -334,7 +342,7 @@ class PrefillScheduler:
     def _announce(self, prompt: _Prompt, final: TokenEvent | None) -> Iterator[Announced]:
         first, size = prompt.num_announced, self._pool.block_size
         end = blocks_for(prompt.sequence.num_computed, size) if final else prompt.sequence.num_computed // size
-        if prompt.stage is Stage.ENDING and not prompt.num_pulls:
+        if prompt.stage is Stage.ENDING and not prompt.pulled:
             end = first
         prompt.num_announced = end
         if prompt.lease and (final or end > first):
@@ -368,7 +376,7 @@ class PrefillScheduler:
             self._line.leave(prompt.arrival)
         self._running.pop(prompt.arrival, None)
         self._unaccepted.discard(prompt.lease)
-        if prompt.stage is not Stage.WAITING and (prompt.in_step or prompt.num_pulls):
+        if prompt.stage is not Stage.WAITING and (prompt.in_step or prompt.pulled):
             if prompt.stage is not Stage.ENDING:
                 prompt.to(Stage.ENDING)
             return False

@@ -17,10 +17,12 @@ from baton.errors import BatonError, Incompatible, InvalidRequest
 from baton.rpc import abort
 from baton.v1 import node_pb2
 from kv_transfer.server import export_message, layout_message
+from ranks.drive import Drive
 from ranks.facts import GroupHello
 from ranks.session import GroupLoad, Key, Outbox, PullFacts, Session
 
 BEAT_S = 1.0
+HELLO_S = 10.0
 
 
 class Sessions(Protocol):
@@ -40,6 +42,10 @@ class Leader(Protocol):
     def desk(self) -> Sessions:
         """Who asked for what."""
 
+    @property
+    def drive(self) -> Drive:
+        """What steps it."""
+
     def hello(self) -> GroupHello:
         """Who this group is."""
 
@@ -56,19 +62,22 @@ async def serve_control(
     context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
     leader: Leader,
     take: Take[Command],
-) -> AsyncIterator[node_pb2.NodeEvent]:
-    """One router's stream until either side ends it. `take` handles a command; a command it refuses ends the stream."""
+) -> None:
+    """One router's stream until either side ends it. `take` handles a command; a command it refuses ends the stream.
+
+    Writes instead of yielding: a stream that breaks during a write must detach now, not when its generator is collected.
+    """
     try:
-        session = Session(_router_incarnation(await anext(commands)))
+        session = Session(await _greeted(commands))
         leader.desk.attach(session)
     except BatonError as error:
         await abort(context, error)
     reader = asyncio.create_task(_read(commands, session, take))
     try:
-        yield node_pb2.NodeEvent(hello=hello_message(leader.hello()), load=load_message(leader.load(), 0))
-        async for event in _events(session, leader):
-            yield event
-        await reader
+        await context.write(node_pb2.NodeEvent(hello=hello_message(leader.hello()), load=load_message(leader.load(), 0)))
+        await _write_events(session, context, leader)
+        if reader.done():  # else this node ends the stream, and nothing more is taken from it
+            reader.result()
     except BatonError as error:
         await abort(context, error)
     finally:
@@ -85,12 +94,22 @@ async def _read(commands: AsyncIterator[Command], session: Session, take: Take[C
         session.close()
 
 
-async def _events(session: Session, leader: Leader) -> AsyncIterator[node_pb2.NodeEvent]:
+async def _write_events(session: Session, context: grpc.aio.ServicerContext, leader: Leader) -> None:  # type: ignore[type-arg]
     beat = 0
     while not session.closed or len(session.outbox):
         outbox = await session.take(BEAT_S)
         beat += 1
-        yield event_message(outbox, load_message(leader.load(), beat))
+        leader.drive.poke()  # sequences that a backlog had held up may go on
+        await context.write(event_message(outbox, load_message(leader.load(), beat)))
+
+
+async def _greeted(commands: AsyncIterator[node_pb2.PrefillCommand] | AsyncIterator[node_pb2.DecodeCommand]) -> bytes:
+    """The incarnation of the router that says hello. Raises InvalidRequest if none does within HELLO_S."""
+    try:
+        async with asyncio.timeout(HELLO_S):
+            return _router_incarnation(await anext(commands))
+    except (TimeoutError, StopAsyncIteration) as error:
+        raise InvalidRequest(f"no hello within {HELLO_S} s of opening the control stream") from error
 
 
 def _router_incarnation(first: node_pb2.PrefillCommand | node_pb2.DecodeCommand) -> bytes:

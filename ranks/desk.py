@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from baton.deadline import Deadline
-from baton.errors import BatonError, Cancelled, DeadlineExceeded, NodeLost
+from baton.errors import BatonError, Cancelled, DeadlineExceeded, InternalError, NodeLost
 from baton.request import TokenEvent
 from ranks.session import Key, Session
 
@@ -48,8 +48,7 @@ class Desk(Generic[Facts]):
 
     def attach(self, session: Session) -> None:
         """A router's stream has begun. Raises the error that closed this group, if it is closed."""
-        if self._closed:
-            raise self._closed
+        self.check_open()
         self._sessions.add(session)
         log.info("%s: router %s attached", self._name, session.router_incarnation.hex()[:8])
 
@@ -59,6 +58,11 @@ class Desk(Generic[Facts]):
         for key in [key for key, entry in self._entries.items() if entry.session is session]:
             self._end(key, Cancelled("the router's stream is gone", stage=self._stage, node=self._name))
         self._dirty.discard(session)
+
+    def check_open(self) -> None:
+        """Raise the error that closed this group, if it is closed."""
+        if self._closed:
+            raise self._closed
 
     def open(self, session: Session, key: Key, time_left_s: float, facts: Facts) -> Entry[Facts]:
         """An attempt arrives; its deadline is watched from here on."""
@@ -116,3 +120,10 @@ class Desk(Generic[Facts]):
 
     def _deadline_passed(self, key: Key) -> None:
         self._end(key, DeadlineExceeded(f"the request's deadline passed on {self._name}", stage=self._stage, node=self._name))
+
+
+def no_token(stage: str, node: str) -> BatonError:
+    """Why a sequence ends whose logits are NaN, infinite or all banned: the same would come out anywhere."""
+    return InternalError(
+        "no token can be drawn: the logits are not finite or all tokens are banned", stage=stage, node=node, cause="logits"
+    )

@@ -49,6 +49,11 @@ class Drive:
         return self._state.asleep
 
     @property
+    def closing(self) -> bool:
+        """Whether `close` was called: what fails from then on fails because of it."""
+        return self._closing
+
+    @property
     def epoch(self) -> int:
         """The last step finished."""
         return self._state.epoch

@@ -17,6 +17,8 @@ from ranks.host import RankHost
 
 log = logging.getLogger(__name__)
 
+LAST_STEP_S = 2.0
+
 
 class Role(Protocol):
     """What a node's role brings to a rank. Made after the engine has loaded, closed before it goes."""
@@ -64,18 +66,22 @@ class RankLife:
         return self.role.counts() if self.role else self.host.counts(0, True)
 
     async def stop(self) -> None:
-        """End everything; a step under way ends by itself or with its collectives' timeout."""
+        """End everything. A step that waits for ranks that have stopped already is broken off by closing the groups."""
         if self.role and self._stepping:
             self.role.drive.close()
             await self.role.close(None)
-            await asyncio.wait([self._stepping], timeout=self.host.plan.config.collective_timeout_s)
+            await asyncio.wait([self._stepping], timeout=LAST_STEP_S)
         await self.host.close()
+        if self._stepping:
+            await asyncio.wait([self._stepping], timeout=LAST_STEP_S)
 
     async def _step_until_closed(self, role: Role) -> None:
         """A step that fails ends the rank: its group is unusable and the node must be rebuilt as a unit."""
         try:
             await role.drive.run()
         except BatonError as error:
+            if role.drive.closing:
+                return
             log.error("%s/%d has failed: %s", self.host.plan.node, self.host.plan.rank, error.message)
             await self._fail(role, error)
         except Exception as error:  # the edge of this process: its sequences must end, whatever the bug
@@ -84,6 +90,10 @@ class RankLife:
 
     async def _fail(self, role: Role, error: BatonError) -> None:
         """Tell routers, then let go of everything; whoever watches `failed` ends the process."""
-        await role.close(error)
-        await self.host.close()
-        self.failed.set()
+        try:
+            await role.close(error)
+            await self.host.close()
+        except Exception:  # the edge of this process: half closed or not, it has to end
+            log.exception("%s/%d could not close", self.host.plan.node, self.host.plan.rank)
+        finally:
+            self.failed.set()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from baton.config import BatonConfig
 from baton.telemetry import configure_logging
 from router.server import RouterServer
@@ -14,10 +12,6 @@ class RouterActor:
 
     def __init__(self) -> None:
         self._server: RouterServer | None = None
-
-    async def pid(self) -> int:
-        """This process."""
-        return os.getpid()
 
     async def start(self, config: BatonConfig) -> dict[str, str]:
         """Listen; {"http": "host:port", "grpc": "host:port"}. Raises ConfigError, and leaves nothing open then."""

@@ -98,7 +98,9 @@ def check_request(request: GenerateRequest, limits: Limits) -> None:
     if request.timeout_s is not None:
         _finite("timeout_s", request.timeout_s)
         if not 0 < request.timeout_s <= limits.max_timeout_s:
-            raise InvalidRequest(f"timeout_s must be more than 0 and at most {limits.max_timeout_s:g}, not {request.timeout_s:g}")
+            raise InvalidRequest(
+                f"timeout_s must be more than 0 and at most {limits.max_timeout_s:g}, not {request.timeout_s:g}", param="timeout_s"
+            )
     check_sampling(request.sampling, limits)
 
 
@@ -110,7 +112,7 @@ def check_sampling(asked: SamplingAsked, limits: Limits) -> None:
     _within("top_k", asked.top_k, -1, None)
     _within("top_p", asked.top_p, 0, 1)
     if asked.top_p == 0:
-        raise InvalidRequest("top_p must be more than 0")
+        raise InvalidRequest("top_p must be more than 0", param="top_p")
     _within("min_p", asked.min_p, 0, 1)
     _within("seed", asked.seed, -(2**63), SEED_MODULUS - 1)
     _within("logprobs", asked.logprobs, 0, limits.max_logprobs)
@@ -120,11 +122,13 @@ def check_sampling(asked: SamplingAsked, limits: Limits) -> None:
 def check_prompt(prompt_ids: Sequence[int], limits: Limits) -> None:
     """Refuse a prompt that is empty, leaves no room for an answer, or holds ids that are no tokens."""
     if not prompt_ids:
-        raise InvalidRequest("prompt must have at least 1 token, it has none")
+        raise InvalidRequest("prompt must have at least 1 token, it has none", param="prompt")
     if len(prompt_ids) >= limits.max_model_len:
         raise InvalidRequest(
             f"prompt has {len(prompt_ids)} tokens; with an answer of at least 1 token that is more than the {limits.max_model_len} "
-            "tokens that fit"
+            "tokens that fit",
+            cause="context_length_exceeded",
+            param="prompt",
         )
     _check_ids("prompt", prompt_ids, limits.vocab_size)
 
@@ -148,7 +152,7 @@ def resolve(
     min_tokens = _first(asked.min_tokens, defaults.min_tokens, 0)
     max_tokens = _max_tokens(asked, prompt_len, max_model_len, default_max_tokens)
     if min_tokens > max_tokens:
-        raise InvalidRequest(f"min_tokens {min_tokens} is more than max_tokens {max_tokens}")
+        raise InvalidRequest(f"min_tokens {min_tokens} is more than max_tokens {max_tokens}", param="min_tokens")
     return Sampling(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -180,7 +184,9 @@ def _max_tokens(asked: SamplingAsked, prompt_len: int, max_model_len: int, defau
     if asked.max_tokens > left:
         raise InvalidRequest(
             f"max_tokens {asked.max_tokens} and {prompt_len} prompt tokens make {asked.max_tokens + prompt_len}, "
-            f"at most {max_model_len} fit; ask for at most {left}"
+            f"at most {max_model_len} fit; ask for at most {left}",
+            cause="context_length_exceeded",
+            param="max_tokens",
         )
     return asked.max_tokens
 
@@ -192,12 +198,14 @@ def _stop_ids(asked: SamplingAsked, eos_ids: Sequence[int]) -> tuple[int, ...]:
 
 def _check_stops(asked: SamplingAsked, limits: Limits) -> None:
     if len(asked.stop) > limits.max_stop_strings:
-        raise InvalidRequest(f"stop has {len(asked.stop)} strings, at most {limits.max_stop_strings} are allowed")
+        raise InvalidRequest(f"stop has {len(asked.stop)} strings, at most {limits.max_stop_strings} are allowed", param="stop")
     for stop in asked.stop:
         if not 1 <= len(stop) <= limits.max_stop_chars:
-            raise InvalidRequest(f"stop has a string of {len(stop)} characters, 1 to {limits.max_stop_chars} are allowed")
+            raise InvalidRequest(f"stop has a string of {len(stop)} characters, 1 to {limits.max_stop_chars} are allowed", param="stop")
     if len(asked.stop_token_ids) > limits.max_stop_token_ids:
-        raise InvalidRequest(f"stop_token_ids has {len(asked.stop_token_ids)} ids, at most {limits.max_stop_token_ids} are allowed")
+        raise InvalidRequest(
+            f"stop_token_ids has {len(asked.stop_token_ids)} ids, at most {limits.max_stop_token_ids} are allowed", param="stop_token_ids"
+        )
     _check_ids("stop_token_ids", asked.stop_token_ids, limits.vocab_size)
 
 
@@ -205,7 +213,7 @@ def _check_ids(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
     if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         return
     wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-    raise InvalidRequest(f"{field} holds {wrong}, token ids are 0 to {vocab_size - 1}")
+    raise InvalidRequest(f"{field} holds {wrong}, token ids are 0 to {vocab_size - 1}", param=field)
 
 
 def _within(field: str, value: float | None, least: float, most: float | None) -> None:
@@ -214,9 +222,9 @@ def _within(field: str, value: float | None, least: float, most: float | None) -
     _finite(field, value)
     if value < least or (most is not None and value > most):
         allowed = f"at least {least}" if most is None else f"{least} to {most}"
-        raise InvalidRequest(f"{field} must be {allowed}, not {value}")
+        raise InvalidRequest(f"{field} must be {allowed}, not {value}", param=field)
 
 
 def _finite(field: str, value: float) -> None:
     if not -math.inf < value < math.inf:
-        raise InvalidRequest(f"{field} must be a finite number, not {value}")
+        raise InvalidRequest(f"{field} must be a finite number, not {value}", param=field)

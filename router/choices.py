@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from baton.detokenizer import Detokenizer, StopStrings
 from baton.request import Chunk, FinishReason, Sampling, Usage
-from baton.tokenizer import Detokenizer, StopStrings, Tokenizer
+from baton.tokenizer import Tokenizer
 from router.life import Delivery
 
 
@@ -23,11 +24,6 @@ class Prepared:
     stop: tuple[str, ...] = ()
     skip_special_tokens: bool = True
     echo_text: str = ""
-
-    @property
-    def num_tokens(self) -> int:
-        """The most tokens that all sequences together may come to, prompts included."""
-        return sum(len(self.prompt_ids) + sampling.max_tokens for sampling in self.samplings)
 
 
 class Choice:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from baton.config import BatonConfig
 from baton.deadline import Deadline
-from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, NotFound, Unavailable
+from baton.errors import BatonError, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Unavailable
 from baton.request import SEED_BITS, Chunk, GenerateRequest, Usage
 from baton.telemetry import RouterMetrics, fields
 from baton.tokenizer import Tokenizer
@@ -69,13 +69,23 @@ class Dispatcher:
         self._threads = ThreadPoolExecutor(_NUM_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._prover = Prover(self.fleet, tokenizer.encode(_PROOF_TEXT)[:8] or (0,))
         self._proving: asyncio.Task[None] | None = None
+        self._shut: BatonError | None = None
 
     def start(self) -> None:
         """Begin to prove pairs."""
         self._proving = asyncio.create_task(self._prover.run(), name="prover")
 
+    def shut(self) -> None:
+        """Take no more requests and end those under way and in the queue, each with one error its client gets before the ports close."""
+        self._shut = Unavailable("the cluster is shutting down", stage="router", cause="shutting_down")
+        for turn in self._waiting.values():
+            if not turn.done():
+                turn.set_exception(self._shut)
+        self.fleet.abandon_all(self._shut)
+        self.fleet.notify()
+
     async def close(self) -> None:
-        """Leave all nodes. Requests under way end with an error."""
+        """Leave all nodes. The fronts have ended their requests before: one still under way would wait for nodes until its deadline."""
         if self._proving is not None:
             self._proving.cancel()
             await asyncio.wait([self._proving])
@@ -89,13 +99,18 @@ class Dispatcher:
         """
         received = self._receive(request)
         try:
+            self._check_open()
             prepared = await self._prepare(received)
             await self._admit(received)
+            self._check_open()
             async with aclosing(self._answer(received, prepared)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except BatonError as error:
             received.outcome = error.cause
+            raise
+        except Exception:
+            received.outcome = InternalError.default_cause  # the front tells the client, and logs it
             raise
         finally:
             self._leave(received)
@@ -155,6 +170,10 @@ class Dispatcher:
         """Requests admitted and not over."""
         return self._admission.num_running
 
+    def _check_open(self) -> None:
+        if self._shut is not None:
+            raise self._shut
+
     def _receive(self, request: GenerateRequest) -> Received:
         self.num_received += 1
         request_id = request.request_id or f"req-{secrets.token_hex(8)}"
@@ -169,11 +188,18 @@ class Dispatcher:
     async def _prepare(self, received: Received) -> Prepared:
         request = received.request
         if request.model not in ("", self._config.name):
-            raise NotFound(f"there is no model {request.model!r}; this cluster serves {self._config.name!r}", stage="router")
+            raise NotFound(
+                f"there is no model {request.model!r}; this cluster serves {self._config.name!r}",
+                stage="router",
+                cause="model_not_found",
+                param="model",
+            )
         if len(request.request_id) > MAX_REQUEST_ID_CHARS:
-            raise InvalidRequest(f"request_id may have {MAX_REQUEST_ID_CHARS} characters, it has {len(request.request_id)}")
+            raise InvalidRequest(
+                f"request_id may have {MAX_REQUEST_ID_CHARS} characters, it has {len(request.request_id)}", param="request_id"
+            )
         check_request(request, self._limits(max_model_len=self._config.max_model_len))
-        prompt_ids, echo_text = await asyncio.get_running_loop().run_in_executor(self._threads, self._tokenise, request)
+        prompt_ids, echo_text = await self._tokenised(request, received.deadline)
         max_model_len = await self._max_model_len(received.deadline)
         check_prompt(prompt_ids, self._limits(max_model_len))
         sampling = resolve(
@@ -198,11 +224,18 @@ class Dispatcher:
         router = self._config.router
         return Limits(max_model_len, self.tokenizer.vocab_size, max_n=router.max_n, max_timeout_s=router.max_timeout_s)
 
+    async def _tokenised(self, request: GenerateRequest, deadline: Deadline) -> tuple[tuple[int, ...], str]:
+        try:
+            async with asyncio.timeout(deadline.left_s()):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, self._tokenise, request)
+        except TimeoutError:
+            raise DeadlineExceeded("the deadline passed before the prompt was tokenised", stage="admission") from None
+
     def _tokenise(self, request: GenerateRequest) -> tuple[tuple[int, ...], str]:
         """The prompt's ids, and its text if it is to be repeated. Runs in a thread; the tokenizer is safe to share."""
         prompt = request.prompt
         if prompt.messages is not None:
-            ids = self.tokenizer.render_chat(prompt.messages, prompt.add_generation_prompt)
+            ids = self.tokenizer.render_chat(prompt.messages, prompt.add_generation_prompt, prompt.template_values)
         elif prompt.text is not None:
             ids = self.tokenizer.encode(prompt.text)
         else:
@@ -215,6 +248,7 @@ class Dispatcher:
         """The cluster's limit; known once a node has joined, for which a request waits a little."""
         patience = Deadline.after(min(FIRST_PAIR_PATIENCE_S, 0.9 * deadline.left_s()))
         while (known := self.fleet.registry.max_model_len()) is None:
+            self._check_open()
             if not await self.fleet.changed(patience.left_s()):
                 raise Unavailable(f"no node is ready: {self.fleet.registry.summary()}", stage="router", cause="no_nodes")
         return known
@@ -258,7 +292,8 @@ class Dispatcher:
         try:
             async with aclosing(answer.chunks()) as chunks:
                 async for chunk in chunks:
-                    received.outcome = chunk.finish_reason or received.outcome
+                    if chunk.usage is not None and chunk.finish_reason is not None:  # the very last
+                        received.outcome = chunk.finish_reason
                     yield chunk
         finally:
             await answer.close()

@@ -37,6 +37,9 @@ class Carrier(Protocol):
     def on_lost(self, group: Group, error: NodeLost) -> None:
         """A node is gone, with all that was on it."""
 
+    def abandon(self, error: BatonError) -> None:
+        """The router goes: end with `error` at once."""
+
 
 class Fleet:
     """The `Listener` of all links. A carrier is entered when its sequence starts and leaves when it has had its end."""
@@ -48,6 +51,7 @@ class Fleet:
         self._incarnation = secrets.token_bytes(16)
         self._links: dict[str, NodeLink] = {}
         self._carriers: dict[str, Carrier] = {}
+        self._passed_over: set[Group] = set()  # for their silence, when somebody wanted them; until they are heard again
         self._changed = asyncio.Event()
 
     def add(self, role: Role, address: str) -> None:
@@ -88,6 +92,11 @@ class Fleet:
         assert request_id not in self._carriers, f"{request_id} is already under way"
         self._carriers[request_id] = carrier
 
+    def abandon_all(self, error: BatonError) -> None:
+        """End every sequence under way with `error`."""
+        for carrier in tuple(self._carriers.values()):
+            carrier.abandon(error)
+
     def leave(self, request_id: str) -> None:
         """Whatever nodes still say about the sequence is late and dropped."""
         self._carriers.pop(request_id, None)
@@ -107,7 +116,7 @@ class Fleet:
         pairs = {
             (pair.prefill.name, pair.decode.name): pair
             for pair in self.registry.usable()
-            if pair.prefill not in without and pair.decode not in without and not self._suspect(pair)
+            if pair.prefill not in without and pair.decode not in without and self._trusts(pair.prefill) and self._trusts(pair.decode)
         }
         groups = {group.name: view(group) for pair in pairs.values() for group in (pair.prefill, pair.decode)}
         names = {group.name for group in avoid}
@@ -139,8 +148,7 @@ class Fleet:
             self._loaded(group, heard.load)
         self._accepted(group, heard.accepted)
         for event in heard.tokens:
-            if carrier := self._carriers.get(event.request_id):
-                carrier.on_tokens(group, event)
+            self._made(group, event)
         for failed in heard.failed:
             if carrier := self._carriers.get(failed.request_id):
                 carrier.on_failed(group, failed.attempt, failed.error)
@@ -164,9 +172,19 @@ class Fleet:
         self.notify()
 
     def _loaded(self, group: Group, load: GroupLoad) -> None:
+        # Every step brings a load, so waiters are woken only by what they may wait for.
+        before = group.state, group.idle
         self.registry.loaded(group, load)
         self._report(group)
-        self.notify()
+        if group in self._passed_over or before != (group.state, group.idle):
+            self._passed_over.discard(group)
+            self.notify()
+
+    def _made(self, group: Group, event: TokenEvent) -> None:
+        if carrier := self._carriers.get(event.request_id):
+            carrier.on_tokens(group, event)
+        elif event.finish_reason is None:  # a Cancel is under way, or was lost with a stream: say it again
+            self.cancel(group, event.request_id, event.attempt, "nobody waits for it")
 
     def _accepted(self, group: Group, accepted: Iterable[tuple[str, int]]) -> None:
         for request_id, attempt in accepted:
@@ -185,6 +203,7 @@ class Fleet:
         self.metrics.pulled(group.node, group.number, figures)
 
     def _forget(self, group: Group, error: NodeLost) -> None:
+        self._passed_over.discard(group)
         self.metrics.forget_group(group.node, group.number)
         for carrier in tuple(self._carriers.values()):
             carrier.on_lost(group, error)
@@ -203,8 +222,11 @@ class Fleet:
         )
         self.metrics.group(group.node, group.number, figures)
 
-    def _suspect(self, pair: Pair) -> bool:
-        return self._links[pair.prefill.address].suspect or self._links[pair.decode.address].suspect
+    def _trusts(self, group: Group) -> bool:
+        if self._links[group.address].suspect:
+            self._passed_over.add(group)
+            return False
+        return True
 
 
 def view(group: Group) -> GroupView:

@@ -142,12 +142,14 @@ class NodeLink:
         self._send(decode=request)
 
     def cancel(self, request_id: str, attempt: int, reason: str) -> None:
-        """End this attempt and all before it on the node; owed if there is no stream now."""
-        message = node_pb2.Cancel(request_id=request_id, attempt=attempt, reason=reason)
-        if not self.up:
-            self._owed[request_id] = message
-            return
-        self._send(cancel=message)
+        """End this attempt and all before it on the node; owed if there is no stream now, or none that is read. Never raises."""
+        self._pay(node_pb2.Cancel(request_id=request_id, attempt=attempt, reason=reason))
+
+    def _pay(self, cancel: node_pb2.Cancel) -> None:
+        try:
+            self._send(cancel=cancel)
+        except NodeLost:
+            self._owed[cancel.request_id] = cancel
 
     def _send(self, **command: object) -> None:
         if self._outbox is None or self._hello is None:
@@ -156,7 +158,10 @@ class NodeLink:
             self._outbox.put_nowait(self._command(**command))
         except asyncio.QueueFull:
             self._overflow.set()
-            raise NodeLost(f"{self._name} has left {MAX_QUEUED_COMMANDS} commands unread", stage="router", node=self._name) from None
+            raise self._unread() from None
+
+    def _unread(self) -> NodeLost:
+        return NodeLost(f"{self._name} has left {MAX_QUEUED_COMMANDS} commands unread", stage="router", node=self._name)
 
     def _command(self, **command: object) -> Command:
         kind: Callable[..., Command] = node_pb2.PrefillCommand if self.role is Role.PREFILL else node_pb2.DecodeCommand
@@ -216,7 +221,7 @@ class NodeLink:
 
     async def _watch_overflow(self) -> None:
         await self._overflow.wait()
-        raise NodeLost(f"{self._name} has left {MAX_QUEUED_COMMANDS} commands unread", node=self._name)
+        raise self._unread()
 
     async def _read(self, call: Call) -> None:
         loop = asyncio.get_running_loop()
@@ -235,7 +240,7 @@ class NodeLink:
         owed, self._owed = self._owed, {}
         if same_life:
             for cancel in owed.values():
-                self._send(cancel=cancel)
+                self._pay(cancel)
 
     def _why(self, error: Exception) -> NodeLost:
         name = self._name

@@ -6,7 +6,7 @@ Ties go to the smaller name, so equal views give equal choices.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,13 +67,6 @@ def choose(
     ]
     best = min(pairs, key=lambda pair: _cost(pair[0], pair[1], prompt_len, avoid), default=None)
     return (best[0].name, best[1].name) if best else None
-
-
-def choose_prefill(groups: Iterable[GroupView], *, avoid: Collection[str] = ()) -> str | None:
-    """The prefill group for a request that no decode group needs to see; None if none is open."""
-    ready = [view for view in groups if view.role == "prefill" and view.open]
-    best = min(ready, key=lambda view: (view.name in avoid, *_prefill_cost(view)), default=None)
-    return best.name if best else None
 
 
 def _cost(prefill: GroupView, decode: GroupView, prompt_len: int, avoid: Collection[str]) -> tuple[object, ...]:

@@ -224,8 +224,8 @@ class Registry:
         """A group said who it is. A new incarnation has to be compared and proven anew; the same one has not."""
         renewed = group.incarnation != hello.incarnation
         group.hello = hello
+        group.state = GroupState.READY
         self.loaded(group, load)
-        group.state = GroupState.DRAINING if group.asked_to_drain or load.draining else GroupState.READY
         if renewed:
             for pair in self._of(group):
                 self._compare(pair)
@@ -234,8 +234,7 @@ class Registry:
         """A group's figures changed. One that drains by itself takes no new work, until it says otherwise."""
         group.load = load
         group.sent_sequences = group.sent_tokens = 0
-        if group.state in (GroupState.READY, GroupState.DRAINING):
-            group.state = GroupState.DRAINING if group.asked_to_drain or load.draining else GroupState.READY
+        self._open_or_close(group)
 
     def lost(self, group: Group) -> None:
         """A group's stream broke; it may come back."""
@@ -246,8 +245,13 @@ class Registry:
         found = tuple(group for group in self._groups.values() if group.node == node)
         for group in found:
             group.asked_to_drain = True
-            self.loaded(group, group.load)
+            self._open_or_close(group)  # and nothing else: what was sent a moment ago is not in the group's figures yet
         return found
+
+    @staticmethod
+    def _open_or_close(group: Group) -> None:
+        if group.state in (GroupState.READY, GroupState.DRAINING):
+            group.state = GroupState.DRAINING if group.asked_to_drain or group.load.draining else GroupState.READY
 
     def _of(self, group: Group) -> Iterator[Pair]:
         return (pair for pair in self._pairs.values() if group is pair.prefill or group is pair.decode)

@@ -18,7 +18,7 @@ from baton.request import SequenceRequest, TokenEvent
 from baton.telemetry import fields
 from router.fleet import Fleet
 from router.life import Delivery, Dispatch, Loss, SequenceLife
-from router.registry import Group, Pair
+from router.registry import Group, Pair, Role
 
 log = logging.getLogger(__name__)
 
@@ -64,18 +64,21 @@ class Relay:
         self._avoid: set[Group] = set()
         self._full: set[Group] = set()
         self._num_failures = 0
+        self._limit: asyncio.Timeout | None = None
+        self._verdict: BatonError | None = None
 
     async def run(self) -> None:
         """Carry the sequence until it has finished or was stopped. Raises the BatonError that ends it otherwise."""
         self._fleet.enter(self.life.request_id, self)
         reason = "cancelled"
         try:
-            async with asyncio.timeout(self._deadline.left_s()):
+            async with asyncio.timeout(self._deadline.left_s()) as self._limit:
                 while not self.life.over:
                     await self._attempt()
         except TimeoutError:
-            reason = "deadline"
-            raise self._too_late() from None
+            verdict = self._verdict or self._too_late()
+            reason = verdict.cause
+            raise verdict from None
         except BatonError as error:
             reason = error.cause
             raise
@@ -89,6 +92,12 @@ class Relay:
             self._cancel_told(reason)
         self._settle(None)
 
+    def abandon(self, error: BatonError) -> None:
+        """The router goes: `run` raises `error` now, wherever it waits."""
+        if self._limit is not None and self._verdict is None:
+            self._verdict = error
+            self._limit.reschedule(asyncio.get_running_loop().time())
+
     def on_tokens(self, group: Group, event: TokenEvent) -> None:
         """Deliver what is new in an event."""
         try:
@@ -101,6 +110,7 @@ class Relay:
         self._served(group)
         self._deliver(delivery)
         if self.life.over:
+            self._finished_by(group)
             self._settle(None)
 
     def on_accepted(self, group: Group, attempt: int) -> None:
@@ -127,6 +137,11 @@ class Relay:
         attempt = self._told.get(group)
         if attempt is not None:
             self._weigh(group, attempt, error)
+
+    def _finished_by(self, group: Group) -> None:
+        """Prefill's token was the last: decode need not wait for a lease that nobody will announce."""
+        if self._pair is not None and group is self._pair.prefill:
+            self._cancel(self._pair.decode, "the first token was the last")
 
     def _weigh(self, group: Group, attempt: int, error: BatonError) -> None:
         loss = self.life.lost(attempt)
@@ -169,6 +184,8 @@ class Relay:
         if self._pair is None or self._only or isinstance(error, LeaseLost) or not error.retryable:
             return False
         self._avoid.add(group)
+        if isinstance(error, ResourceExhausted):
+            self._full.add(group)
         other = self._fleet.choose(self._num_tokens(), without=self._avoid | self._full, prefill=self._pair.prefill)
         if other is None:
             return False
@@ -194,7 +211,7 @@ class Relay:
                 raise failure.error
         self._note_retry(failure)
         self._avoid = {failure.group}
-        await asyncio.sleep(min(_FIRST_BACKOFF_S * 2**self._num_failures, _LAST_BACKOFF_S))
+        await asyncio.sleep(min(_FIRST_BACKOFF_S * 2.0 ** min(self._num_failures, 10), _LAST_BACKOFF_S))
         self._num_failures += 1
 
     def _doubt(self, failure: Failure) -> None:
@@ -220,9 +237,10 @@ class Relay:
         return len(self.life.prompt_ids) + self.life.num_emitted
 
     def _served(self, group: Group) -> None:
-        """Progress: remember who served, and that whoever was full may not be."""
-        self._num_failures = 0
-        self._full.clear()
+        """Remember who served. Once decode makes progress, whoever was full may not be; prefill's one token says nothing about that."""
+        if group.role is Role.DECODE:
+            self._num_failures = 0
+            self._full.clear()
         if group.name not in self.served_by:
             self.served_by += (group.name,)
 

@@ -44,6 +44,14 @@ def nothing(*names: str) -> dict[str, tuple[object, ...]]:
     return dict.fromkeys(names, _NOTHING)
 
 
+class _Refused(ValueError):
+    """A field that cannot be taken, where pydantic would not know its name by itself."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 class Accepted(BaseModel):
     """A JSON object of a client. null means not given; unsupported fields maps names to values that ask for nothing."""
 
@@ -65,10 +73,10 @@ class Accepted(BaseModel):
         if name in cls.unsupported:
             if value in cls.unsupported[name]:
                 return False
-            raise ValueError(f"{name} is not supported (given: {_shown(value)}); leave it out")
+            raise _Refused(name, f"{name} is not supported (given: {_shown(value)}); leave it out")
         if name not in cls.model_fields:
             close = difflib.get_close_matches(name, cls.model_fields, n=1)
-            raise ValueError(f"{name} is not a known field" + (f"; did you mean {close[0]}?" if close else ""))
+            raise _Refused(name, f"{name} is not a known field" + (f"; did you mean {close[0]}?" if close else ""))
         return True
 
 
@@ -119,11 +127,18 @@ def _joined_text(value: object) -> object:
     return "\n".join(part["text"] for part in value)
 
 
+def _some(value: object) -> object:
+    """vLLM takes 0 tokens with echo, and gives the prompt back: not worth a way of its own. Without echo it refuses as well."""
+    if value == 0 and type(value) is int:
+        raise ValueError("must be at least 1 (given: 0); a prompt is not given back alone, with echo neither")
+    return value
+
+
 Prompts = Annotated[PromptList, BeforeValidator(_prompts)]
 Stops = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_stops)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**SEED_BITS)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
+Count = Annotated[int, BeforeValidator(_some), Field(ge=1, lt=2**31)]
 
 
 class SamplingFields(Accepted):
@@ -207,9 +222,9 @@ class CompletionBody(OpenAIBody):
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         if self.best_of not in (None, self.n):
-            raise ValueError(f"best_of is not supported unless it equals n (given: best_of {self.best_of}, n {self.n})")
+            raise _Refused("best_of", f"best_of is not supported unless it equals n (given: best_of {self.best_of}, n {self.n})")
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not supported: ask for one of them")
+            raise _Refused("echo", "echo with logprobs is not supported: ask for one of them")
         return self
 
     def requests(self, request_id: str, timeout_s: float | None, limits: Limits) -> tuple[GenerateRequest, ...]:
@@ -245,7 +260,7 @@ class ChatMessage(Accepted):
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if self.role != "assistant" and "content" not in self.model_fields_set:
-            raise ValueError("content is required")
+            raise _Refused("content", "content is required")
         return self
 
     def as_dict(self) -> dict[str, str]:
@@ -255,12 +270,12 @@ class ChatMessage(Accepted):
 
 
 class ChatBody(OpenAIBody):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. chat_template_kwargs: vLLM's and SGLang's way to tell the template more, say enable_thinking."""
 
     unsupported: ClassVar[Mapping[str, tuple[object, ...]]] = {
         **OpenAIBody.unsupported,
         **nothing("tools", "functions", "audio", "prediction", "web_search_options", "reasoning_effort", "verbosity", "documents"),
-        **nothing("chat_template", "chat_template_kwargs", "continue_final_message", "echo", "add_special_tokens", "mm_processor_kwargs"),
+        **nothing("chat_template", "continue_final_message", "echo", "add_special_tokens", "mm_processor_kwargs"),
         "modalities": (*_NOTHING, ["text"]),
         "parallel_tool_calls": (True, False),
         "tool_choice": (*_NOTHING, "none", "auto"),
@@ -273,13 +288,14 @@ class ChatBody(OpenAIBody):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
     add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         if not self.messages:
-            raise ValueError("messages must hold at least one message")
+            raise _Refused("messages", "messages must hold at least one message")
         if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs needs logprobs: true (given: top_logprobs {self.top_logprobs})")
+            raise _Refused("top_logprobs", f"top_logprobs needs logprobs: true (given: top_logprobs {self.top_logprobs})")
         return self
 
     def requests(self, request_id: str, timeout_s: float | None, limits: Limits) -> tuple[GenerateRequest, ...]:
@@ -288,7 +304,7 @@ class ChatBody(OpenAIBody):
         messages = tuple(message.as_dict() for message in self.messages)
         max_tokens = self.max_completion_tokens or self.max_tokens
         request = GenerateRequest(
-            prompt=Prompt(messages=messages, add_generation_prompt=self.add_generation_prompt),
+            prompt=Prompt(messages=messages, add_generation_prompt=self.add_generation_prompt, template_values=self.chat_template_kwargs),
             sampling=self.asked(max_tokens, self.min_tokens, self.seed, self.top_logprobs if self.logprobs else None),
             request_id=request_id,
             model=self.model,
@@ -307,7 +323,8 @@ def parse(kind: type[T], body: bytes) -> T:
     try:
         return kind.model_validate(read_json(body))
     except ValidationError as error:
-        raise InvalidRequest("; ".join(_explain(item) for item in error.errors(include_url=False))) from error
+        wrong = error.errors(include_url=False)
+        raise InvalidRequest("; ".join(_explain(item) for item in wrong), param=_field(wrong[0])) from error
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -343,9 +360,9 @@ def as_prompt(prompt: str | tuple[int, ...]) -> Prompt:
 def check_counts(num_prompts: int, n: int, limits: Limits) -> None:
     """Refuse more answers or prompts than allowed, with the numbers."""
     if n > limits.max_n:
-        raise InvalidRequest(f"n must be at most {limits.max_n} (given: {n})")
+        raise InvalidRequest(f"n must be at most {limits.max_n} (given: {n})", param="n")
     if num_prompts > limits.max_prompts:
-        raise InvalidRequest(f"one request may hold at most {limits.max_prompts} prompts (given: {num_prompts})")
+        raise InvalidRequest(f"one request may hold at most {limits.max_prompts} prompts (given: {num_prompts})", param="prompt")
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -360,6 +377,12 @@ def _explain(item: Any) -> str:
     if item["type"] == "missing":
         return f"{where} is required"
     return f"{where or 'body'}: {item['msg']} (given: {_shown(item['input'])})"
+
+
+def _field(item: Any) -> str:
+    """Which field is at fault, dotted: "temperature", "messages.0.content"; "" where it is the body as a whole."""
+    error = item.get("ctx", {}).get("error")
+    return ".".join([*(str(part) for part in item["loc"]), *([error.field] if isinstance(error, _Refused) else [])])
 
 
 def _shown(value: object) -> str:

@@ -90,7 +90,7 @@ class NativeBody(Accepted):
         """One request per prompt; without a limit 128 tokens each."""
         prompts = self.prompts.items
         check_counts(len(prompts), max(sampling.n for sampling in self.samplings), limits)
-        ids = part_ids(request_id, len(prompts))
+        ids = part_ids(self.rid or request_id, len(prompts))
         return tuple(self._request(*part, timeout_s) for part in zip(prompts, self.samplings, ids, strict=True))
 
     def _request(

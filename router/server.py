@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from baton.config import BatonConfig
 from baton.errors import DeadlineExceeded
-from baton.rpc import Health, bind, make_server
-from baton.tokenizer import Tokenizer
+from baton.rpc import Health, bind, join, make_server
+from baton.telemetry import fields
+from baton.tokenizer import Tokenizer, unapplied_sampling
 from router.dispatch import Dispatcher
 from router.service import add_services
 from router.web import WebServer, create_app, serve
+
+log = logging.getLogger(__name__)
 
 GRACE_S = 2.0
 
@@ -35,6 +39,8 @@ class RouterServer:
         """Load the tokenizer and listen; {"http": "host:port", "grpc": "host:port"}. ConfigError for a taken port or a bad checkpoint."""
         config, router = self._config, self._config.router
         tokenizer = await asyncio.to_thread(Tokenizer.load, config.model)
+        for asked in unapplied_sampling(config.model):
+            log.warning("the model's generation_config.json asks for what is not applied", extra=fields(asked=asked))
         self._dispatcher = Dispatcher(config, tokenizer)
         health = add_services(self._grpc, self._dispatcher, router.api_keys, router.slow_client_s)
         grpc_port = bind(self._grpc, router.host, router.grpc_port)
@@ -50,7 +56,7 @@ class RouterServer:
         self._web, http_port = await serve(app, router.host, router.http_port)
         self._dispatcher.start()
         self._health = asyncio.create_task(self._show_health(health), name="health")
-        return {"http": f"{router.host}:{http_port}", "grpc": f"{router.host}:{grpc_port}"}
+        return {"http": join(router.host, http_port), "grpc": join(router.host, grpc_port)}
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Return once a pair is proven; DeadlineExceeded says how things stand if none is by then."""
@@ -60,7 +66,9 @@ class RouterServer:
             raise DeadlineExceeded(f"not ready after {timeout_s:g} s: {registry.summary()}. {reasons}", stage="router")
 
     async def stop(self) -> None:
-        """End all requests and close all ports."""
+        """End all requests, each with an error its client still gets, and close all ports."""
+        if self._dispatcher is not None:
+            self._dispatcher.shut()
         if self._health is not None:
             self._health.cancel()
             await asyncio.wait([self._health])
@@ -73,6 +81,9 @@ class RouterServer:
             await self._web.stop()
 
     async def _show_health(self, health: Health) -> None:
+        said: bool | None = None
         while True:
-            await health.set_serving(self.dispatcher.ready())
+            if said != (ready := self.dispatcher.ready()):
+                await health.set_serving(ready)
+                said = ready
             await self.dispatcher.fleet.changed(None)

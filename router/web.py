@@ -172,7 +172,7 @@ class HttpFront:
 
     def _check_model(self, name: str) -> None:
         if name != self._model_name:
-            raise NotFound(f"the model {name!r} is not served here; {self._model_name!r} is", cause="model_not_found")
+            raise NotFound(f"the model {name!r} is not served here; {self._model_name!r} is", cause="model_not_found", param="model")
 
     def _card(self) -> Json:
         card = self._router.model_card()
@@ -265,5 +265,5 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, ...]:
     if prompt.token_ids is not None:
         return prompt.token_ids
     if prompt.messages is not None:
-        return tokenizer.render_chat(prompt.messages, prompt.add_generation_prompt)
+        return tokenizer.render_chat(prompt.messages, prompt.add_generation_prompt, prompt.template_values)
     return tokenizer.encode(prompt.text or "")

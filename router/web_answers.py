@@ -121,7 +121,7 @@ def to_json(content: Json | list[Json]) -> bytes:
 
 def error_json(error: BatonError) -> Json:
     """OpenAI's error object, with what Baton knows beside it: stage, node and whether a retry makes sense."""
-    content: Json = {"message": error.message, "type": _error_type(error.http_status), "param": None, "code": error.cause}
+    content: Json = {"message": error.message, "type": _error_type(error.http_status), "param": error.param or None, "code": error.cause}
     known = {"stage": error.stage, "node": error.node}
     return {"error": content | {name: value for name, value in known.items() if value} | {"retryable": error.retryable}}
 

@@ -49,7 +49,7 @@ class CompletionAnswer:
             "text": part.text,
             "logprobs": self._logprobs(index, part.logprobs),
             "finish_reason": part.finish_reason,
-            "stop_reason": part.stopped_by,
+            "stop_reason": _stop_reason(self._frame.tokenizer, self._body, part),
         }
         if self._body.return_token_ids:
             choice["token_ids"] = list(part.token_ids)
@@ -109,7 +109,8 @@ class ChatAnswer:
 
     def _ending(self, index: int, part: Chunk | Collected) -> Json:
         logprobs = _chat_logprobs(self._frame.tokenizer, part.logprobs) if self._body.logprobs and part.logprobs else None
-        ending = {"index": index, "logprobs": logprobs, "finish_reason": part.finish_reason, "stop_reason": part.stopped_by}
+        reason = _stop_reason(self._frame.tokenizer, self._body, part)
+        ending = {"index": index, "logprobs": logprobs, "finish_reason": part.finish_reason, "stop_reason": reason}
         return ending | ({"token_ids": list(part.token_ids)} if self._body.return_token_ids else {})
 
     def _prompt_ids(self) -> Json:
@@ -119,6 +120,12 @@ class ChatAnswer:
 def needs_prompt_ids(body: OpenAIBody) -> bool:
     """Whether the answer holds the prompts' token ids, or counts them before the last chunk does."""
     return body.return_token_ids or (body.stream and body.stream_options.continuous_usage_stats)
+
+
+def _stop_reason(tokenizer: Tokenizer, body: OpenAIBody, part: Chunk | Collected) -> int | str | None:
+    """The stop string or id that the client had named; null for an end-of-sequence token, as in vLLM."""
+    by_itself = part.stopped_by in tokenizer.eos_ids and part.stopped_by not in body.stop_token_ids
+    return None if by_itself else part.stopped_by
 
 
 def _usage_beside(options: StreamOptions, collection: Collection) -> Json:

@@ -144,8 +144,10 @@ async def _next(source: AsyncGenerator[Chunk, None]) -> Chunk | None:
 
 
 async def _end(task: asyncio.Task[Any]) -> None:
-    """Cancel a task and wait for it. What it raised by itself was taken by whoever awaited it; anything new is a bug, so it is logged."""
+    """Cancel a task and wait for it. Of earlier errors the first was told by whoever awaited it; a new one is a bug, so it is logged."""
     if task.done():
+        if not task.cancelled():
+            task.exception()  # counts as seen: of several prompts refused at once, one answers for all
         return
     task.cancel()
     await asyncio.wait({task})

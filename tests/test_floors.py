@@ -22,7 +22,7 @@ FLOORS: list[dict[str, list[str]]] = [
     {
         "basement": [
             "baton/__init__.py",
-            *(f"baton/{name}.py" for name in ("request", "config", "errors", "deadline", "tokenizer", "telemetry")),
+            *(f"baton/{name}.py" for name in ("request", "config", "errors", "deadline", "tokenizer", "detokenizer", "telemetry")),
         ]
     },
     {"stubs": ["baton/v1/**"]},

@@ -171,9 +171,12 @@ class Sampled:
     """What a step drew, row by row of `sample_rows`. Only the leader of a tensor-parallel group has any rows.
 
     top_ids and top_logprobs have K columns, K the largest num_logprobs asked in the batch (0 columns if none).
+    failed_rows: nothing could be drawn there, for the logits are NaN or infinite or all tokens are banned; the row's token id is
+    a valid one and means nothing.
     """
 
     token_ids: Int64  # [N]
     logprobs: Float32  # [N], of the unmodified distribution; 0 where not asked
     top_ids: Int64  # [N, K]
     top_logprobs: Float32  # [N, K]
+    failed_rows: tuple[int, ...] = ()

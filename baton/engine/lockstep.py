@@ -4,8 +4,10 @@ All ranks of a domain run step 1, 2, 3, … together; a step begins with a size 
 from it and fall asleep after the same step N. Between steps each waits on a condition of its own, never in a collective.
 A sleeping rank that gets work sends N + 1, the step to join, to all others and joins it itself.
 
-Why no rank is left behind: steps are collective, so when a sender has finished N, every other rank has at least joined N.
-It is therefore asleep after N (joins), still finishing N (remembers), or already further on (drops: it did join N + 1).
+Why no rank is left behind: a step that computes cannot finish before every rank has joined it, so when a sender has finished
+N - 1 and N, N being idle, every other rank has at least joined N - 1 (N itself may be no more than a broadcast, which its sender
+need not wait for). A rank is therefore asleep after N (joins), still finishing N - 1 or N (remembers), or further on (drops: it
+did join N + 1).
 """
 
 from __future__ import annotations
@@ -22,13 +24,12 @@ class WakeState:
     def __init__(self) -> None:
         self.epoch = 0
         self.asleep = True
-        self._early_wake = False
+        self._called_to = 0  # the latest step that another rank has called all to
 
     def on_wake(self, epoch: int) -> bool:
         """Another rank wants all to join step `epoch`. True if this rank slept and must join it now."""
-        assert epoch <= self.epoch + 2, "a step was finished without this rank"
-        if epoch == self.epoch + 2:
-            self._early_wake = True
+        assert epoch <= self.epoch + 3, "a step that computes was finished without this rank"
+        self._called_to = max(self._called_to, epoch)
         if epoch != self.epoch + 1 or not self.asleep:
             return False
         self.asleep = False
@@ -46,6 +47,5 @@ class WakeState:
         assert not self.asleep
         assert epoch == self.epoch + 1
         self.epoch = epoch
-        self.asleep = all_idle and not self._early_wake
-        self._early_wake = False
+        self.asleep = all_idle and self._called_to <= epoch
         return not self.asleep

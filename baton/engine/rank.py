@@ -60,7 +60,7 @@ class Rank:
 
     def _step(self, batch: Batch) -> Step:
         cos, sin = self._rotary(self._device.tensor(batch.positions))
-        attention = self._device.block_attention(batch, self.kv.shape.block_size)
+        attention = self._device.block_attention(batch, self.kv.layers[0])
         return Step(self._device.tensor(batch.token_ids), cos, sin, attention, self.kv.layers)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.engine.batch import Batch, Row, Sampled
+from baton.engine.batch import Batch, Row, Sampled, SampleRow
 from baton.engine.parallel import Groups
 from baton.engine.rank import Rank, nothing_sampled
 
@@ -48,14 +48,14 @@ class Runner:
         return StepOutcome(self.epoch, False, batch.num_tokens, self._rank.forward(batch))
 
     def warm_up(self, max_tokens: int = 64) -> None:
-        """Two steps, a prompt of up to max_tokens and one token after it, in blocks that nobody owns yet: before serving only.
+        """Two steps, a prompt of up to max_tokens and one token after it with a draw, in blocks that nobody owns yet: before serving only.
 
         All ranks of the domain must call it. Blocks hold rubbish afterwards, which nothing refers to. Epochs do not count it.
         """
         block_size, num_blocks = self._rank.kv.shape.block_size, self._rank.kv.num_blocks
         num_tokens = max(1, min(max_tokens, num_blocks * block_size - 1, self._rank.spec.max_position_embeddings - 1))
         blocks = range(min(num_blocks, num_tokens // block_size + 1))
-        for row in (Row([0] * num_tokens, 0, blocks), Row([0], num_tokens, blocks)):
+        for row in (Row([0] * num_tokens, 0, blocks), Row([0], num_tokens, blocks, SampleRow(0, 0, 0.0, 0, 1.0, 0.0))):
             self._run(Batch.build([row]))
 
     def _agreed(self, batch: Batch | None) -> Batch:

@@ -29,13 +29,14 @@ def sample(logits: Tensor, batch: Batch) -> Sampled:
     """Draw one token per row.
 
     logits: [N, V] fp32, unmodified; left as they are. batch: its N sampling rows. Returns arrays of length N in host memory.
+    A row from which nothing can be drawn is named in failed_rows and disturbs no other.
     """
     num_rows = logits.shape[0]
     assert num_rows == len(batch.seeds)
     logprobs, top_ids, top_logprobs = np.zeros(num_rows, np.float32), *_no_top(num_rows, int(batch.num_logprobs.max(initial=0)))
     if num_rows == 0:
         return Sampled(np.zeros(0, np.int64), logprobs, top_ids, top_logprobs)
-    token_ids = _draw(_banned_out(logits, batch), batch)
+    token_ids, failed_rows = _draw(_banned_out(logits, batch), batch)
     asked = np.flatnonzero(batch.num_logprobs >= 0)
     if len(asked):
         rows = torch.from_numpy(asked).to(logits.device)
@@ -43,7 +44,7 @@ def sample(logits: Tensor, batch: Batch) -> Sampled:
         logprobs[asked] = everything.gather(1, token_ids[rows].unsqueeze(1)).squeeze(1).cpu().numpy()
         ids, values = _most_likely(everything, top_ids.shape[1])
         top_ids[asked], top_logprobs[asked] = ids.cpu().numpy(), values.cpu().numpy()
-    return Sampled(token_ids.cpu().numpy(), logprobs, top_ids, top_logprobs)
+    return Sampled(token_ids.cpu().numpy(), logprobs, top_ids, top_logprobs, tuple(failed_rows.tolist()))
 
 
 def uniform(seeds: UInt64, output_indices: Int64) -> Float32:
@@ -67,32 +68,36 @@ def _no_top(num_rows: int, num_columns: int) -> tuple[Int64, Float32]:
 
 
 def _banned_out(logits: Tensor, batch: Batch) -> Tensor:
-    if not len(batch.banned_ids):
-        return logits
+    """Ids beyond the vocabulary, which an end-of-sequence id may be, are banned by nature."""
     rows = np.repeat(np.arange(len(batch.seeds)), np.diff(batch.banned_starts))
-    index = (torch.from_numpy(rows).to(logits.device), torch.from_numpy(batch.banned_ids.astype(np.int64)).to(logits.device))
-    return logits.clone().index_put_(index, torch.tensor(-torch.inf, device=logits.device))
+    known = batch.banned_ids < logits.shape[1]
+    if not known.any():
+        return logits
+    index = (rows[known], batch.banned_ids[known].astype(np.int64))
+    on_device = tuple(torch.from_numpy(part).to(logits.device) for part in index)
+    return logits.clone().index_put_(on_device, torch.tensor(-torch.inf, device=logits.device))
 
 
-def _draw(logits: Tensor, batch: Batch) -> Tensor:
-    """[N] token ids. Greedy rows: the largest logit, the lowest id of equal ones."""
-    hot = np.flatnonzero(batch.temperatures > 0)
-    if len(hot) == 0:
-        return logits.argmax(dim=-1)
-    rows = torch.from_numpy(hot).to(logits.device)
-    drawn = _inverse_cdf(_weights(logits[rows], batch, hot), uniform(batch.seeds[hot], batch.output_indices[hot]))
-    if len(hot) == len(logits):
-        return drawn
-    token_ids = logits.argmax(dim=-1)
-    token_ids[rows] = drawn
-    return token_ids
+def _draw(logits: Tensor, batch: Batch) -> tuple[Tensor, Int64]:
+    """[N] token ids, and the rows that have none. Greedy rows: the largest logit, the lowest id of equal ones."""
+    token_ids = logits.argmax(dim=-1)  # of a NaN, where there is one
+    largest = logits.gather(1, token_ids.unsqueeze(1))
+    drawable = torch.isfinite(largest).squeeze(1).cpu().numpy()
+    hot = np.flatnonzero(drawable & (batch.temperatures > 0))
+    if len(hot):
+        rows = torch.from_numpy(hot).to(logits.device)
+        weights = _weights(logits[rows] - largest[rows], batch, hot)
+        token_ids[rows] = _inverse_cdf(weights, uniform(batch.seeds[hot], batch.output_indices[hot]))
+    return token_ids, np.flatnonzero(~drawable)
 
 
 def _weights(logits: Tensor, batch: Batch, hot: Int64) -> Tensor:
-    """[R, V] probabilities after temperature, 0 where masked; not renormalised."""
+    """[R, V] probabilities after temperature, 0 where masked; not renormalised. logits: 0 is a row's largest.
+
+    So a tiny temperature cannot overflow.
+    """
     temperatures = torch.from_numpy(batch.temperatures[hot]).to(logits.device).unsqueeze(1)
-    # The maximum is subtracted first: a tiny temperature then cannot overflow.
-    probs = torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperatures, dim=-1)
+    probs = torch.softmax(logits / temperatures, dim=-1)
     vocab = probs.shape[1]
     top_ks = np.where((batch.top_ks[hot] <= 0) | (batch.top_ks[hot] > vocab), vocab, batch.top_ks[hot]).astype(np.int64)
     cut = np.flatnonzero((top_ks < vocab) | (batch.top_ps[hot] < 1))

@@ -1,16 +1,14 @@
-"""Baton's tokenizer gives what transformers' gives; streamed text is the whole text; stop strings are found as in the whole text."""
+"""Baton's tokenizer gives what transformers' gives, and reads a checkpoint's files as they are meant."""
 
 import json
-from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from baton.errors import ConfigError, InvalidRequest
 from baton.request import SamplingAsked
-from baton.tokenizer import Detokenizer, Emitted, StopStrings, Tokenizer
-from tests.tiny_tokenizers import make_byte_fallback, make_byte_level
+from baton.tokenizer import Tokenizer, unapplied_sampling
+from tests.baton.conftest import MAKERS
+from tests.tiny_tokenizers import make_byte_level
 
 TEXTS = [
     "",
@@ -27,17 +25,6 @@ MESSAGES = [
     {"role": "assistant", "content": " yes "},
     {"role": "user", "content": "why?"},
 ]
-MAKERS = {"byte level": make_byte_level, "byte fallback": make_byte_fallback}
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: make(tmp_path_factory.mktemp("tokenizer")) for kind, make in MAKERS.items()}
-
-
-@pytest.fixture(scope="module")
-def loaded(directories: dict[str, Path]) -> dict[str, Tokenizer]:
-    return {kind: Tokenizer.load(path) for kind, path in directories.items()}
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -113,6 +100,33 @@ def test_eos_and_sampling_defaults_come_from_the_generation_config(tmp_path, loa
     assert Tokenizer.load(tmp_path).eos_ids == (2,)
 
 
+def test_the_template_hears_what_the_client_says_and_our_own_words_stay_ours(tmp_path):
+    make_byte_level(tmp_path)
+    template = "{% if enable_thinking is defined and not enable_thinking %}quiet{% else %}loud{% endif %} {{ messages | length }}"
+    (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.chat_text(MESSAGES) == "loud 4"
+    assert tokenizer.chat_text(MESSAGES, values={"enable_thinking": False, "unknown": {"a": 1}, "not a name": 1}) == "quiet 4"
+    with pytest.raises(InvalidRequest, match="may not set messages, tools"):
+        tokenizer.chat_text(MESSAGES, values={"tools": [], "messages": []})
+
+
+@pytest.mark.parametrize(
+    ("generation", "found"),
+    [
+        (None, ()),
+        ({"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.0, "num_beams": 1, "bad_words_ids": None}, ()),
+        ({"do_sample": True, "repetition_penalty": 1.05, "max_new_tokens": 512}, ("repetition_penalty 1.05", "max_new_tokens 512")),
+        ({"suppress_tokens": [1], "top_p": 0.8}, ("suppress_tokens [1]", "top_p 0.8 (do_sample is not true)")),
+        ({"do_sample": False, "temperature": 1.0, "top_p": 1.0, "suppress_tokens": []}, ()),
+    ],
+)
+def test_what_the_generation_config_asks_in_vain_is_named(tmp_path, generation, found):
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    assert unapplied_sampling(tmp_path) == found
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -132,30 +146,6 @@ def test_a_broken_checkpoint_is_named(tmp_path, name, content, message):
         Tokenizer.load(tmp_path)
 
 
-@pytest.mark.parametrize("kind", MAKERS)
-@given(data=st.data())
-def test_streamed_text_is_the_whole_text(loaded, kind, data):
-    tokenizer = loaded[kind]
-    any_ids = st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=30)
-    ids = data.draw(any_ids | st.text(max_size=12).map(tokenizer.encode))
-    cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=5).map(sorted))
-    skip = data.draw(st.booleans())
-    detokenizer = Detokenizer(tokenizer, skip)
-    pieces = [detokenizer.push(ids[start:end]) for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
-    assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(ids, skip)
-
-
-@given(text=st.text(alphabet=st.characters(codec="utf-8"), max_size=20))
-def test_streamed_text_is_not_held_back_longer_than_a_character(loaded, text):
-    tokenizer = loaded["byte level"]
-    detokenizer, shown = Detokenizer(tokenizer), b""
-    ids = tokenizer.encode(text)
-    for position, token_id in enumerate(ids, start=1):
-        shown += detokenizer.push([token_id]).encode()
-        spelled = b"".join(tokenizer.token_bytes(i) for i in ids[:position])
-        assert spelled.startswith(shown) and len(spelled) - len(shown) < 4
-
-
 def test_tokens_spell_the_text(loaded):
     tokenizer = loaded["byte level"]
     ids = tokenizer.encode("naïve 🙂 <|im_end|>")
@@ -164,47 +154,3 @@ def test_tokens_spell_the_text(loaded):
     assert tokenizer.token_bytes(10**6) == b"" and tokenizer.token_text(ids[0]) == "n"
     fallback = loaded["byte fallback"]
     assert b"".join(map(fallback.token_bytes, fallback.encode("a 🙂", add_special_tokens=False))).decode() == " a 🙂"
-
-
-def naive_first(pieces: list[str], stops: list[str], skip: int) -> tuple[str, int, str] | None:
-    """Text before, pieces used up and the stop string, looking at every prefix of the text in turn."""
-    head, text = "".join(pieces[:skip]), "".join(pieces[skip:])
-    for end in range(1, len(text) + 1):
-        found = [stop for stop in stops if text[:end].endswith(stop)]
-        if found:
-            stop = max(found, key=len)
-            used = next(count for count in range(len(pieces) + 1) if len("".join(pieces[:count])) >= len(head) + end)
-            return head + text[: end - len(stop)], used, stop
-    return None
-
-
-LETTERS = st.text(alphabet="ab", max_size=4)
-
-
-@given(
-    pieces=st.lists(LETTERS, max_size=12),
-    stops=st.lists(LETTERS.filter(bool), max_size=3),
-    skip=st.integers(0, 3),
-    size=st.integers(1, 4),
-)
-def test_stop_strings_are_found_as_in_the_whole_text(pieces, stops, skip, size):
-    finder = StopStrings(stops, skip)
-    shown, used, stop = "", 0, None
-    for start in range(0, len(pieces), size):
-        emitted = finder.push(pieces[start : start + size])
-        shown, used, stop = shown + emitted.text, used + emitted.num_pieces, emitted.stop
-        if stop:
-            break
-    expected = naive_first(pieces, stops, skip)
-    if expected is None:
-        assert (shown + finder.flush(), used, stop) == ("".join(pieces), len(pieces), None)
-    else:
-        assert (shown, used, stop) == expected
-        assert finder.flush() == ""
-
-
-def test_text_that_may_begin_a_stop_string_is_held_back():
-    finder = StopStrings(["###", "\n\n"])
-    assert finder.push(["a#", "#"]) == Emitted("a", 2)
-    assert finder.push(["b\n"]) == Emitted("##b", 1)
-    assert finder.push(["\nrest", "more"]) == Emitted("", 1, "\n\n")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from io import StringIO
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from baton.config import BatonConfig
 from cluster.messages import ClusterInfo, RankInfo
-from cluster.serve import first_signal_interrupts, missing_part, ready_line
+from cluster.serve import first_signal_interrupts, missing_part, ready_line, warn_unapplied
 
 
 def info(prefill_nodes: int, decode_nodes: int) -> ClusterInfo:
@@ -37,6 +41,15 @@ def test_the_ready_line_is_one_line_with_both_addresses() -> None:
     assert "\n" not in line
     assert "http://127.0.0.1:1" in line
     assert "grpc://127.0.0.1:2" in line
+
+
+def test_what_the_model_asks_in_vain_is_said_before_the_start(tmp_path: Path) -> None:
+    console = Console(record=True, file=StringIO())
+    warn_unapplied(BatonConfig(model=str(tmp_path)), console)
+    assert console.export_text() == ""
+    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.1}', encoding="utf-8")
+    warn_unapplied(BatonConfig(model=str(tmp_path)), console)
+    assert console.export_text() == "warning: generation_config.json asks for repetition_penalty 1.1, which is not applied\n"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

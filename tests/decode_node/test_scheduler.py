@@ -254,6 +254,21 @@ def test_a_sequence_may_have_to_suspend_itself():
     assert admitted.request_id == "pulling"
 
 
+def test_a_row_without_a_token_ends_its_sequence_alone():
+    group = Group()
+    keys = [group.begin(ask(name, [1, 2, 3, 4, 5])) for name in "ab"]
+    batch = group.plan()
+    drawn = group.drawn()
+    failed = Sampled(drawn.token_ids, drawn.logprobs, drawn.top_ids, drawn.top_logprobs, failed_rows=(0,))
+    events = group.scheduler.apply(failed)
+    assert batch.num_sequences == 2
+    assert [event.request_id for event in events] == ["b"]
+    assert group.scheduler.take_failed() == (("a", 1),)
+    assert group.scheduler.take_failed() == ()
+    assert group.scheduler.stage(("a", 1)) is None
+    assert keys
+
+
 def test_one_that_does_not_fit_is_passed_but_not_for_ever():
     group = Group(num_blocks=4, age_limit=2, max_sequences=2)
     group.begin(ask("holder", [1] * 3, max_tokens=2))

@@ -1,4 +1,4 @@
-"""Drives a Runner through uneven chunks, mixed batches and scattered blocks; in this process, or in one per rank over gloo.
+"""Drives a Runner through uneven chunks, mixed batches and scattered blocks; alone, or over gloo in one thread or process per rank.
 
 What comes out must not depend on any of it. Imports no transformers, which rank processes would pay for.
 """
@@ -7,6 +7,7 @@ import multiprocessing
 import queue
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,17 @@ class Job:
         return self.tp_size * self.dp_size
 
 
-def run_jobs(jobs: Sequence[Job]) -> list[list[list[Tokens]]]:
+def run_in_threads(job: Job) -> list[list[Tokens]]:
+    """Run a job with its ranks in threads of this process, which saves their start. results[group][ask]."""
+    meeting = Rendezvous("127.0.0.1", TIMEOUT_S)
+    with ThreadPoolExecutor(job.num_ranks) as threads:
+        ranks = [threads.submit(_play, rank, job, meeting.port) for rank in range(job.num_ranks)]
+        outputs = [rank.result(TIMEOUT_S) for rank in ranks]
+    meeting.close()
+    return [output for output in outputs if output is not None]
+
+
+def run_in_processes(jobs: Sequence[Job]) -> list[list[list[Tokens]]]:
     """Run jobs of one size one after the other in that many processes. results[job][group][ask]."""
     (num_ranks,) = {job.num_ranks for job in jobs}
     meetings = [Rendezvous("127.0.0.1", TIMEOUT_S) for _ in jobs]
@@ -134,7 +145,7 @@ def run_jobs(jobs: Sequence[Job]) -> list[list[list[Tokens]]]:
     for process in ranks:
         process.start()
     try:
-        results = [[None] * job.dp_size for job in jobs]
+        results: list[list[Any]] = [[None] * job.dp_size for job in jobs]
         for _ in range(sum(job.dp_size for job in jobs)):
             job, group, outputs = _next_answer(answers, ranks)
             results[job][group] = outputs
@@ -161,12 +172,21 @@ def _next_answer(answers: Any, ranks: Sequence[Any]) -> Any:
 def _be_rank(rank: int, jobs: Sequence[Job], ports: Sequence[int], answers: Any) -> None:
     set_threads(1)
     for number, (job, port) in enumerate(zip(jobs, ports, strict=True)):
-        placement = Placement.of(rank, job.tp_size, job.dp_size, job.coupled)
-        groups = Groups.connect(placement, "127.0.0.1", port, TIMEOUT_S)
-        runner = make_runner(job.model_dir, placement, groups)
-        runner.warm_up()
-        if placement.leader:
-            answers.put((number, placement.dp_rank, lead(runner, job.asks[placement.dp_rank], seed=rank)))
-        else:
-            follow(runner)
-        groups.close()
+        outputs = _play(rank, job, port)
+        if outputs is not None:
+            answers.put((number, rank // job.tp_size, outputs))
+
+
+def _play(rank: int, job: Job, port: int) -> list[Tokens] | None:
+    """One rank's part in a job; what a leader's asks came to."""
+    placement = Placement.of(rank, job.tp_size, job.dp_size, job.coupled)
+    groups = Groups.connect(placement, "127.0.0.1", port, TIMEOUT_S)
+    runner = make_runner(job.model_dir, placement, groups)
+    runner.warm_up()
+    outputs = None
+    if placement.leader:
+        outputs = lead(runner, job.asks[placement.dp_rank], seed=rank)
+    else:
+        follow(runner)
+    groups.close()
+    return outputs

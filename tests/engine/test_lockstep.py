@@ -131,6 +131,16 @@ def test_stale_wakes_are_dropped():
     assert state.asleep
 
 
+def test_a_wake_is_remembered_by_a_rank_that_two_steps_lie_behind():
+    """A tensor-parallel leader's idle step is but a broadcast: it may end, and new work come, before the last rank has seen step 1 end."""
+    state = WakeState()
+    assert state.on_wake(1)
+    assert not state.on_wake(3)
+    assert state.on_step(1, all_idle=False)
+    assert state.on_step(2, all_idle=True), "step 3 has begun elsewhere"
+    assert not state.on_step(3, all_idle=True)
+
+
 def test_a_wake_that_comes_while_still_finishing_is_remembered():
     state = WakeState()
     assert state.want_wake() == 1

@@ -1,7 +1,7 @@
-"""Who holds what adds up; ranks in processes of their own, over gloo, compute what one rank computes; a lost peer is an error in time."""
+"""Who holds what adds up; several ranks, over gloo, compute what one rank computes; a lost peer is an error in time."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from baton.engine.parallel import Groups, Placement, Rendezvous
 from baton.errors import ConfigError, NodeLost
-from tests.engine.driving import Job, asks, run_jobs
+from tests.engine.driving import Job, Tokens, asks, run_in_processes, run_in_threads
 from tests.engine.golden import assert_equal, expected
 from tests.tiny_models import ARCHITECTURES
 
@@ -77,11 +77,11 @@ def test_what_does_not_divide_is_refused_with_numbers(share: Callable[[Placement
 
 def test_two_ranks_equal_transformers(tiny: Tiny) -> None:
     """Tensor-parallel groups of every architecture; experts over two data-parallel ranks, one of which has nothing to do."""
-    many, few, none = tuple(asks(2, (1, 9, 30))), tuple(asks(3, (5,), num_tokens=3)), ()
+    many, few, none = tuple(asks(2, (1, 9, 30), num_tokens=6)), tuple(asks(3, (5,), num_tokens=3)), ()
     jobs = [Job(tiny(arch), 2, 1, coupled=False, asks=(many,)) for arch in ARCHITECTURES]
     jobs += [Job(tiny("qwen3_moe"), 1, 2, coupled=True, asks=groups) for groups in ((many, few), (none, many), (none, none))]
     jobs += [Job(tiny("qwen3_moe"), 2, 1, coupled=True, asks=(many,))]
-    check(jobs)
+    check(jobs, map(run_in_threads, jobs))
 
 
 @pytest.mark.relay
@@ -89,11 +89,12 @@ def test_four_ranks_equal_transformers(tiny: Tiny) -> None:
     """Both kinds of parallelism at once, and more tensor-parallel ranks than KV heads."""
     many, few = tuple(asks(4, (1, 9, 30))), tuple(asks(5, (5,), num_tokens=3))
     jobs = [Job(tiny("qwen3_moe"), 2, 2, coupled=True, asks=groups) for groups in ((many, few), ((), many))]
-    check([*jobs, Job(tiny("llama"), 4, 1, coupled=False, asks=(many,)), Job(tiny("qwen2"), 2, 2, coupled=False, asks=(many, few))])
+    jobs += [Job(tiny("llama"), 4, 1, coupled=False, asks=(many,)), Job(tiny("qwen2"), 2, 2, coupled=False, asks=(many, few))]
+    check(jobs, run_in_processes(jobs))
 
 
-def check(jobs: list[Job]) -> None:
-    for job, groups in zip(jobs, run_jobs(jobs), strict=True):
+def check(jobs: list[Job], results: Iterable[list[list[Tokens]]]) -> None:
+    for job, groups in zip(jobs, results, strict=True):
         for wanted, got in zip(job.asks, groups, strict=True):
             assert_equal(got, expected(job.model_dir, wanted))
 

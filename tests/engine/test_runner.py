@@ -112,8 +112,8 @@ def test_attention_over_blocks_equals_plain_attention(case: tuple[int, list[tupl
     for row, of_sequence in zip(rows, kv, strict=True):
         if row.start:
             earlier = Batch.build([Row([0] * row.start, 0, row.block_ids)])
-            device.block_attention(earlier, block_size).write(*of_sequence[:, : row.start], cache)
-    attention = device.block_attention(step, block_size)
+            device.block_attention(earlier, cache).write(*of_sequence[:, : row.start], cache)
+    attention = device.block_attention(step, cache)
     attention.write(*torch.cat([pair[:, row.start :] for row, pair in zip(rows, kv, strict=True)], dim=1), cache)
     got = attention.attend(torch.cat(queries), cache)
     want = [plain_attention(q, *of_sequence) for q, of_sequence in zip(queries, kv, strict=True)]

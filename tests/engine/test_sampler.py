@@ -206,6 +206,22 @@ def test_greedy_takes_the_lowest_of_equals_and_no_banned_id():
     assert drawn.token_ids.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("bad", [[math.nan, 1.0, 2.0], [1.0, math.inf, 0.0], [-math.inf] * 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_without_a_draw_is_named_and_disturbs_no_other(bad, temperature):
+    row = how(temperature=temperature, top_k=2, top_p=0.9, num_logprobs=1)
+    drawn, alone = draw([[3.0, 1.0, 2.0], bad, [0.0, 5.0, 1.0]], row, row, row), draw([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0]], row, row)
+    assert drawn.failed_rows == (1,)
+    assert drawn.token_ids[[0, 2]].tolist() == alone.token_ids.tolist()
+    assert 0 <= drawn.token_ids[1] < 3
+
+
+def test_all_banned_is_no_draw_and_unknown_ids_are_banned_by_nature():
+    drawn = draw([[0.0, 1.0], [0.0, 1.0]], how(banned_ids=(0, 1)), how(banned_ids=(1, 2, 900)))
+    assert drawn.failed_rows == (0,)
+    assert drawn.token_ids[1] == 0
+
+
 def test_a_tiny_temperature_is_almost_greedy():
     assert draw([[90.0, 100.0, 99.0]], how(seed=3, temperature=1e-30)).token_ids[0] == 1
 

@@ -33,6 +33,7 @@ def test_only_drawn_transitions_happen(state: LeaseState, event: LeaseEvent) -> 
     if (state, event) in TRANSITIONS:
         lease.apply(event)
         assert lease.state is TRANSITIONS[state, event] and not state.ended
+        assert (event is LeaseEvent.REWIND) <= (lease.state is LeaseState.OPEN)
     else:
         with pytest.raises(InternalError, match=event.value):
             lease.apply(event)
@@ -124,10 +125,26 @@ def test_only_a_lease_nobody_counts_on_is_revocable() -> None:
         leases.open(number, 0.0)
     leases.accept(2)
     leases.accept(99)
-    leases.pull(3, 1, 0.0)
-    assert [leases.revoke(number, 1.0) for number in (1, 2, 3, 4)] == [True, False, False, False]
-    assert settled(leases) == [(1, LeaseState.REVOKED)]
-    assert not leases.announce(1, 0, [(1, 1)], 2.0)
+    for number in (3, 5):
+        leases.pull(number, 1, 0.0)
+    leases.close(5, 1, 0.0)
+    assert [leases.rewind(number) for number in (1, 2, 3, 4, 5)] == [True, False, False, False, False]
+    leases.fail(1, Cancelled("x"), 1.0)
+    assert not leases.rewind(1)
+
+
+def test_a_rewound_lease_starts_anew_under_its_number() -> None:
+    leases = table(lease_s=10.0)
+    leases.open(1, 0.0, request_deadline_s=100.0)
+    leases.announce(1, 0, [(7, 1), (8, 1)], 1.0, FINAL)
+    assert leases.next_deadline_s() == 11.0
+    assert leases.rewind(1) and settled(leases) == []
+    assert leases.next_deadline_s() == 100.0, "it expires like one that is still computed"
+    lease = leases.pull(1, 1, 2.0)
+    assert lease.state is LeaseState.OPEN and lease.announced_from(0) == Announced(0, (), ())
+    assert leases.announce(1, 0, [(3, 5), (4, 5)], 3.0, FINAL)
+    assert lease.announced_from(0) == Announced(0, (3, 4), (5, 5), FINAL)
+    assert leases.release(1, 1, 4.0).state is LeaseState.RELEASED
 
 
 def test_failure_is_told_to_links_and_remembered() -> None:
@@ -227,9 +244,12 @@ class Leases(RuleBasedStateMachine):
         self.table.accept(number)
 
     @rule(number=numbers)
-    def revoke(self, number: int) -> None:
-        if self.table.revoke(number, self.now_s):
-            assert not any(known == number for known, _ in self.links)
+    def rewind(self, number: int) -> None:
+        if self.table.rewind(number):
+            lease = self.lease(number)
+            assert number in self.opened and not any(known == number for known, _ in self.links)
+            assert lease.state is LeaseState.OPEN and lease.announced_from(0) == Announced(0, (), ())
+            assert lease.deadline_s == lease.request_deadline_s
 
     @rule(number=numbers)
     def fail(self, number: int) -> None:

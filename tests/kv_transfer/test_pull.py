@@ -119,7 +119,7 @@ async def test_what_the_puller_has_is_not_announced_and_what_it_missed_comes_mer
 async def test_a_pull_may_come_first(source: Source, client: PullClient) -> None:
     async with pull(client, source) as stream:
         assert source.service.open(1, soon())
-        assert not source.service.revocable(1) and not source.service.revoke(1)
+        assert not source.service.rewind(1)
         source.service.announce(1, 0, [], FINAL)
         assert await anext(stream) == Announced(0, (), (), FINAL)
     await source.hears("closed")
@@ -200,18 +200,59 @@ async def test_a_request_that_fails_tells_its_puller_why(source: Source, client:
     assert not source.service.announce(1, 0, [(1, 1)])
 
 
-async def test_a_cancelled_or_revoked_number_is_refused(source: Source, client: PullClient) -> None:
+async def test_a_cancelled_number_is_refused(source: Source, client: PullClient) -> None:
     source.service.fail(1, Cancelled("early"))
+    with pytest.raises(LeaseLost):
+        async with pull(client, source):
+            raise AssertionError("entered")
+
+
+async def test_a_rewound_lease_is_announced_anew(source: Source, client: PullClient) -> None:
+    source.service.open(1, soon())
+    source.service.announce(1, 0, [(7, 70), (8, 80)], FINAL)
+    assert source.service.rewind(1) and source.told == []
+    async with pull(client, source) as stream:
+        source.service.announce(1, 0, [(3, 30)])
+        assert await anext(stream) == Announced(0, (3,), (30,))
+        source.service.announce(1, 1, [(4, 40)], FINAL)
+        assert await anext(stream) == Announced(1, (4,), (40,), FINAL)
+        await stream.release()
     source.service.open(2, soon())
-    assert source.service.revocable(2) and source.service.revoke(2)
-    assert source.told == [("ended", 2, LeaseState.REVOKED)]
-    for number in (1, 2):
-        with pytest.raises(LeaseLost):
-            async with pull(client, source, number=number):
-                raise AssertionError("entered")
-    source.service.open(3, soon())
-    source.service.accept(3)
-    assert not source.service.revoke(3)
+    source.service.accept(2)
+    assert not source.service.rewind(2) and not source.service.rewind(3)
+
+
+async def test_a_lease_is_closed_when_its_last_reader_has_left(source: Source, client: PullClient) -> None:
+    source.service.open(1, soon())
+    async with pull(client, source, attempt=1):
+        async with pull(client, source, attempt=2):
+            pass
+        for _ in range(1000):
+            if source.service.num_pulls > 1:
+                await asyncio.sleep(0.01)
+        assert source.service.num_pulls == 1
+        assert ("closed", 1, None) not in source.told, "the fenced one may still be reading"
+    await source.hears("closed")
+
+
+async def test_a_listener_that_fails_does_not_stop_the_clock() -> None:
+    second_ended = asyncio.Event()
+
+    def fails_at_first(number: int, _: LeaseState) -> None:
+        if number == 1:
+            raise RuntimeError("a bug")
+        second_ended.set()
+
+    bugs: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: bugs.append(context["exception"]))
+    ignore: Callable[[int], None] = lambda _: None  # noqa: E731
+    service = TransferService(A, on_ended=fails_at_first, on_opened=ignore, on_closed=ignore)
+    service.open(1, Deadline.after(0.02))
+    service.open(2, Deadline.after(0.1))
+    async with asyncio.timeout(SOON):
+        await second_ended.wait()
+    assert len(bugs) == 1
+    service.close()
 
 
 async def test_another_incarnation_or_protocol_is_refused(source: Source, client: PullClient) -> None:

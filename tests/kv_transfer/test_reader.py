@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from baton.deadline import Deadline
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, Incompatible, InvalidRequest, LeaseLost, NodeLost, Unavailable
 from kv_transfer.choose import Transport
 from kv_transfer.layout import KVLayout
-from kv_transfer.memory import SLICE_BYTES, move
+from kv_transfer.memory import SLICE_BYTES, move, sliced
 from kv_transfer.pool import Pool
 from kv_transfer.reader import Reader
 from kv_transfer.source import SourceRank
@@ -307,3 +309,20 @@ def test_moves_of_any_pattern_equal_one_by_one(seed: int) -> None:
         wanted[to : to + size] = source[start : start + size]
     move(Spans(np.array(starts), np.array(targets), np.array(sizes)), memoryview(source), memoryview(target))
     assert target == wanted
+
+
+@given(st.lists(st.tuples(st.integers(1, 3 * SLICE_BYTES), st.integers(0, 9)), max_size=8))
+def test_slices_are_bounded_and_name_every_byte_once_and_in_order(sizes: list[tuple[int, int]]) -> None:
+    starts = np.cumsum([0, *(nbytes + gap for nbytes, gap in sizes)])[:-1]
+    whole = Spans(starts, starts + 7, np.array([nbytes for nbytes, _ in sizes], np.int64))
+    portions = list(sliced(whole))
+    assert all(portion.total_bytes <= SLICE_BYTES for portion in portions)
+    parts = iter([part for portion in portions for part in portion])
+    for span in whole:
+        at = 0
+        while at < span.nbytes:
+            part = next(parts)
+            assert (part.source_offset, part.target_offset) == (span.source_offset + at, span.target_offset + at)
+            at += part.nbytes
+        assert at == span.nbytes
+    assert next(parts, None) is None

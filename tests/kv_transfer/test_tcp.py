@@ -147,7 +147,7 @@ def test_too_many_connections_are_closed_at_once(source: TcpSource) -> None:
 
 
 @pytest.mark.parametrize("limits", [{"frame_s": 0.05}])
-@pytest.mark.parametrize("begun", [1, REQUEST.size, REQUEST.size + 1])
+@pytest.mark.parametrize("begun", [0, 1, REQUEST.size, REQUEST.size + 1])
 def test_a_frame_that_does_not_end_is_given_up(source: TcpSource, raw: socket.socket, begun: int) -> None:
     raw.sendall(request(source, [(0, 5)])[:begun])
     assert raw.recv(1) == b""

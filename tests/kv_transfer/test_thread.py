@@ -105,6 +105,19 @@ def test_a_bug_on_the_thread_fails_every_read() -> None:
     assert isinstance(thread.failure, InternalError)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_exit_that_fails_keeps_no_other_from_ending() -> None:
+    thread = TransferThread()
+    exits: list[BatonError] = []
+    for call in (exits.append, lambda _: _raise(ZeroDivisionError("a bug")), exits.append):
+        thread.run(lambda call=call: thread.on_exit(call), Deadline.after(SOON))
+    ticket = thread.ticket()
+    thread.close()
+    with pytest.raises(Unavailable):
+        ticket.wait(Deadline.after(SOON))
+    assert len(exits) == 2
+
+
 class Parts:
     """A ticket whose parts end when the test says so."""
 

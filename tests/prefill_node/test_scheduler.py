@@ -145,9 +145,25 @@ def test_a_request_that_ends_with_its_first_token(pulled):
     assert len(announced.blocks) == (2 if pulled else 0)
     assert outcome.ended == (() if pulled else (3,))
     assert node.scheduler.idle() is not pulled
-    node.scheduler.closed(3)
+    assert node.scheduler.closed(3) is pulled
     assert node.scheduler.idle()
     assert node.pool.counts().idle()
+
+
+@pytest.mark.parametrize("pulled", [False, True])
+def test_a_prompt_without_a_token_fails_and_leaves_nothing(pulled):
+    node = Node()
+    node.scheduler.add(ask("a", range(6)), 7)
+    if pulled:
+        node.scheduler.opened(7)
+    node.plan()
+    drawn = node.drawn()
+    outcome = node.scheduler.apply(Sampled(drawn.token_ids, drawn.logprobs, drawn.top_ids, drawn.top_logprobs, failed_rows=(0,)))
+    assert outcome.failed == (("a", 1),)
+    assert outcome.events == outcome.announcements == ()
+    assert node.pool.counts().held == (2 if pulled else 0)
+    node.scheduler.release(7)
+    assert node.scheduler.idle() and node.pool.counts().idle() and node.pool.counts().cached == 0
 
 
 def test_unaccepted_prompts_are_bounded():
@@ -363,11 +379,13 @@ class PrefillMachine(RuleBasedStateMachine):
         self.pulls[number] = self.pulls.get(number, 0) + 1
 
     def close(self):
+        """One pull leaves; the node says so when it was the last of its lease."""
         for number in tuple(self.pulls)[:1]:
-            self.scheduler.closed(number)
             self.pulls[number] -= 1
             if not self.pulls[number]:
                 del self.pulls[number]
+                given_up = self.scheduler.closed(number)
+                assert not given_up or number in self.ending
                 if number in self.ending:
                     self.over(number)
 

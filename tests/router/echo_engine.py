@@ -9,10 +9,11 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 
+from baton.detokenizer import Detokenizer, StopStrings
 from baton.errors import BatonError
 from baton.request import Chunk, FinishReason, GenerateRequest, TokenLogprob, Usage
 from baton.telemetry import RouterMetrics
-from baton.tokenizer import Detokenizer, StopStrings, Tokenizer
+from baton.tokenizer import Tokenizer
 from router.schema import ModelCard
 
 MAX_MODEL_LEN = 512
@@ -74,7 +75,7 @@ class EchoEngine:
         if prompt.token_ids is not None:
             return prompt.token_ids
         if prompt.messages is not None:
-            return self.tokenizer.render_chat(prompt.messages, prompt.add_generation_prompt)
+            return self.tokenizer.render_chat(prompt.messages, prompt.add_generation_prompt, prompt.template_values)
         return self.tokenizer.encode(prompt.text or "")
 
     async def _steps(self, request: GenerateRequest, ids: tuple[int, ...]) -> AsyncGenerator[Chunk, None]:

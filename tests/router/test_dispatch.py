@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -185,6 +187,27 @@ async def test_another_decode_group_reads_the_same_lease(make_dispatcher: MakeDi
     assert "decode-1/0" in chunks[-1].served_by
     assert len(prefill.received) == before + 1
     assert prefill.leases[-1] == second.leases[-1]
+
+
+async def test_a_cluster_full_of_decode_groups_refuses_after_one_prefill(make_dispatcher: MakeDispatcher) -> None:
+    prefill, first, second = nodes(2)
+    dispatcher = await make_dispatcher(prefill, first, second)
+    await until(lambda: all(pair.usable for pair in dispatcher.fleet.registry.pairs()), "both proofs")
+    first.faults.refuse = second.faults.refuse = ResourceExhausted("full", stage="decode")
+    before = [len(node.received) for node in (prefill, first, second)]
+    with pytest.raises(ResourceExhausted):
+        await collect(dispatcher, asked(max_tokens=30))
+    assert [len(node.received) for node in (prefill, first, second)] == [count + 1 for count in before]
+
+
+async def test_a_request_is_one_line_in_the_log_under_its_id(make_dispatcher: MakeDispatcher, caplog: pytest.LogCaptureFixture) -> None:
+    dispatcher = await make_dispatcher(*nodes())
+    with caplog.at_level(logging.INFO, logger="router.dispatch"):
+        await collect(dispatcher, replace(asked(max_tokens=3), request_id="mine"))
+    (record,) = [record for record in caplog.records if record.name == "router.dispatch"]
+    said = record.__dict__["baton_fields"]
+    assert (said["request"], said["outcome"], said["completion_tokens"]) == ("mine", "length", 3)
+    assert said["served_by"]
 
 
 async def test_a_request_goes_on_after_its_decode_node_breaks(make_dispatcher: MakeDispatcher) -> None:

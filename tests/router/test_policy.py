@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.policy import GroupView, choose, choose_prefill
+from router.policy import GroupView, choose
 
 
 def prefill(name, **more):
@@ -69,13 +69,6 @@ def test_only_decode_is_chosen_where_the_blocks_are_already():
     assert chosen(groups) == ("p0", "d1")
     assert chosen(groups, prefill="p1") == ("p1", "d1")
     assert chosen(groups, prefill="p7") is None
-
-
-def test_a_request_that_decode_need_not_see():
-    groups = [decode("d0"), prefill("p0", ready=False), prefill("p1", waiting_tokens=5), prefill("p2", waiting_tokens=9)]
-    assert choose_prefill(groups) == "p1"
-    assert choose_prefill(groups, avoid={"p1"}) == "p2"
-    assert choose_prefill(groups[:2]) is None
 
 
 VIEWS = st.builds(

@@ -107,6 +107,15 @@ def test_what_was_sent_counts_until_the_next_word() -> None:
     assert (group.sent_sequences, group.sent_tokens) == (0, 0)
 
 
+def test_draining_does_not_forget_what_was_just_sent() -> None:
+    registry = Registry()
+    group = joined(registry, Role.DECODE, "decode-0")
+    group.sent_sequences = 1
+    registry.drain("decode-0")
+    assert group.state is GroupState.DRAINING
+    assert not group.idle, "the figures are older than what was sent"
+
+
 def test_pulls_add_up() -> None:
     group = Group("decode-0:1", Role.DECODE)
     for _ in range(2):

@@ -137,6 +137,7 @@ def test_native_fields():
     assert first.sampling == SamplingAsked(9, 1, 0.5, seed=4, stop=("a", "b"), logprobs=3) == second.sampling
     several = requests(NativeBody, text=["a", "b"], sampling_params=[{"max_new_tokens": 1}, {"max_new_tokens": 2}])
     assert [request.sampling.max_tokens for request in several] == [1, 2]
+    assert requests(NativeBody, text=["a", "b"], rid="mine")[1].request_id == "mine.1"
     assert "either text or input_ids" in refusal(NativeBody)
     assert "either text or input_ids" in refusal(NativeBody, text="x", input_ids=[1])
     assert "token ids go in input_ids" in refusal(NativeBody, text=[1, 2])
@@ -194,7 +195,9 @@ def test_what_chat_alone_knows_is_refused_there():
         ({"top_p": 1.1}, "top_p: .*less than or equal to 1"),
         ({"min_p": 2}, "min_p"),
         ({"top_k": -2}, "top_k"),
-        ({"max_tokens": 0}, "max_tokens: .*greater than or equal to 1"),
+        ({"max_tokens": 0}, "max_tokens: must be at least 1 .given: 0.; a prompt is not given back alone"),
+        ({"max_tokens": 0, "echo": True}, "max_tokens: must be at least 1"),
+        ({"max_tokens": -1}, "max_tokens: .*greater than or equal to 1"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed: .*less than 9223372036854775808"),
         ({"stop": ["a", ""]}, "stop.1: .*at least 1 character"),
@@ -210,6 +213,33 @@ def test_what_chat_alone_knows_is_refused_there():
 )
 def test_bad_values_are_named_with_their_numbers(content, message):
     assert pytest.RaisesExc(InvalidRequest, match=message).matches(error_of(CompletionBody, **{"prompt": "x"} | content))
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "param"),
+    [
+        (CompletionBody, {"temperature": -1}, "temperature"),
+        (CompletionBody, {"n": 5}, "n"),
+        (CompletionBody, {"logit_bias": {"1": 1}}, "logit_bias"),
+        (CompletionBody, {"temprature": 1}, "temprature"),
+        (CompletionBody, {"best_of": 2}, "best_of"),
+        (CompletionBody, {"prompt": None}, "prompt"),
+        (CompletionBody, {"stream_options": {"x": 1}}, "stream_options.x"),
+        (ChatBody, {"messages": [{"role": "user"}]}, "messages.0.content"),
+        (ChatBody, {"messages": []}, "messages"),
+        (NativeBody, {"sampling_params": {"regex": "a"}}, "sampling_params.0.regex"),
+        (NativeBody, {"text": None}, ""),
+    ],
+)
+def test_an_error_says_which_field(kind, content, param):
+    assert error_of(kind, **MINIMAL[kind] | content).param == param
+
+
+def test_what_the_template_is_told():
+    (request,) = requests(ChatBody, messages=MESSAGES, chat_template_kwargs={"enable_thinking": False, "other": [1]})
+    assert request.prompt.template_values == {"enable_thinking": False, "other": [1]}
+    assert requests(ChatBody, messages=MESSAGES, chat_template_kwargs={})[0].prompt.template_values == {}
+    assert "chat_template_kwargs: Input should be a valid dictionary" in refusal(ChatBody, messages=MESSAGES, chat_template_kwargs=[1])
 
 
 def test_what_goes_together():

@@ -22,6 +22,7 @@ from baton.errors import (
     InvalidRequest,
     NotFound,
     ResourceExhausted,
+    TooLarge,
     Unauthenticated,
     Unavailable,
 )
@@ -31,6 +32,7 @@ from baton.v1 import inference_pb2_grpc
 from baton.wire import generate_request_to_message
 from router.server import RouterServer
 from tests.router.echo_nodes import EchoNode
+from tests.router.echo_tokenizer import save_tokenizer
 
 PROMPT = "hello echo "
 
@@ -133,6 +135,33 @@ async def test_a_client_that_reads_nothing_is_given_up(model_dir: Path) -> None:
         with pytest.raises(grpc.RpcError, match="unread"):
             while await call.read() is not grpc.aio.EOF:
                 pass
+
+
+async def test_a_message_over_the_limit_is_too_large(model_dir: Path) -> None:
+    async with running(model_dir, max_body_bytes=1000) as router:
+        with pytest.raises(TooLarge, match="larger than max") as caught:
+            await router.client.complete("x" * 1100)
+        assert not caught.value.retryable
+        channel = open_channel(router.addresses["grpc"])
+        async with channel:
+            call = inference_pb2_grpc.InferenceStub(channel).Generate(generate_request_to_message(make_request("x" * 1100, {})))
+            with pytest.raises(grpc.RpcError) as refused:
+                await call.read()
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await router.client.complete(PROMPT, max_tokens=3))[0].text == PROMPT[:3]
+        assert router.server.dispatcher.num_received == 1
+
+
+async def test_what_the_model_asks_and_nobody_does_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.5, "repetition_penalty": 1.05}')
+    server = RouterServer(BatonConfig(model=str(tmp_path), router=RouterConfig(http_port=0, grpc_port=0)))
+    try:
+        await server.start()
+    finally:
+        await server.stop()
+    (said,) = [record.__dict__["baton_fields"] for record in caplog.records if "not applied" in record.message]
+    assert said == {"asked": "repetition_penalty 1.05"}
 
 
 async def test_keys_are_asked_for_by_every_call(model_dir: Path) -> None:

@@ -4,6 +4,7 @@ What generates is `EchoEngine`: prompts come back token by token.
 """
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -137,7 +138,9 @@ async def test_chat_stream_by_the_openai_client(client, tokenizer):
 async def test_chat_ends_at_an_eos_token_and_at_a_stop_string(client):
     answer = await client.chat.completions.create(model="echo", messages=HI)
     assert (answer.choices[0].finish_reason, answer.choices[0].message.content) == ("stop", "user\nhi")
-    assert answer.choices[0].model_extra["stop_reason"] == 2
+    assert answer.choices[0].model_extra["stop_reason"] is None, "it ended by itself"
+    answer = await client.chat.completions.create(model="echo", messages=HI, extra_body={"stop_token_ids": [2]})
+    assert (answer.choices[0].finish_reason, answer.choices[0].model_extra["stop_reason"]) == ("stop", 2)
     answer = await client.chat.completions.create(model="echo", messages=HI, stop=["r\nh"])
     assert (answer.choices[0].finish_reason, answer.choices[0].message.content) == ("stop", "use")
     assert answer.choices[0].model_extra["stop_reason"] == "r\nh"
@@ -228,6 +231,22 @@ async def test_one_failing_prompt_ends_the_others(http, engine):
     first, second, third = (request.request_id for request in engine.requests)
     assert {(first, "cancelled"), (second, "node_lost")} < set(engine.ended) and len(engine.ended) == 3
     assert (first.removesuffix(".0"), second.removesuffix(".1")) == (third.removesuffix(".2"),) * 2
+
+
+async def test_prompts_that_fail_at_once_are_one_error(http, caplog):
+    assert (await http.post("/v1/completions", json={"prompt": ["full", "full", "full"]})).status_code == 429
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+async def test_an_error_names_the_field_and_the_template_hears_the_client(http, tokenizer):
+    response = await http.post("/v1/chat/completions", json={"messages": HI, "temperature": -1})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "temperature")
+    response = await http.post("/v1/chat/completions", json={"messages": HI, "chat_template_kwargs": {"messages": []}})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "chat_template_kwargs")
+    assert (await http.post("/v1/completions", json={"prompt": "full"})).json()["error"]["param"] is None
+    body = {"messages": HI, "max_tokens": 2, "chat_template_kwargs": {"enable_thinking": False}, "return_token_ids": True}
+    assert (await http.post("/v1/chat/completions", json=body)).json()["prompt_token_ids"] == list(tokenizer.render_chat(HI))
 
 
 @pytest.mark.parametrize("body", [{"prompt": "forever"}, {"prompt": ["forever", "forever"]}, {"prompt": "forever", "stream": True}])

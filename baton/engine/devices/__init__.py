@@ -110,8 +110,8 @@ class Device(Protocol):
         """Join a process group of this device's kind. bind: own address. Raises RuntimeError if the others do not come."""
         ...
 
-    def block_attention(self, batch: Batch, block_size: int) -> BlockAttention:
-        """Prepare attention for one step."""
+    def block_attention(self, batch: Batch, like: LayerCache) -> BlockAttention:
+        """Prepare attention for one step over layers whose caches have the shape and strides of `like`."""
         ...
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor, first_id: int) -> torch.Tensor:

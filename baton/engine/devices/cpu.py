@@ -1,6 +1,6 @@
 """The cpu device in plain torch: the oracle that other devices are compared with. Exact in float32.
 
-Blocks of a sequence are gathered by `torch.cat` of views, one memmove per head and block: torch's indexing is an order slower.
+Blocks of a sequence are gathered by `embedding`, one memmove per head and block: torch's general indexing is an order slower.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class CpuDevice:
         options._timeout = timedelta(seconds=timeout_s)
         return cast(Collectives, ProcessGroupGloo(store, rank, size, options))
 
-    def block_attention(self, batch: Batch, block_size: int) -> CpuBlockAttention:
-        return CpuBlockAttention(batch, block_size)
+    def block_attention(self, batch: Batch, like: LayerCache) -> CpuBlockAttention:
+        return CpuBlockAttention(batch, like)
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor, first_id: int) -> torch.Tensor:
         local = ids - first_id
@@ -78,86 +78,110 @@ class CpuDevice:
         return weights.to(logits.dtype), ids
 
     def experts(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        num_tokens, top_k = ids.shape
+        ids, by_id = ids.sort(dim=1)
         flat, order = ids.reshape(-1).sort(stable=True)
-        bounds = torch.searchsorted(flat, torch.arange(len(gate_up) + 1)).tolist()
-        tokens, weights = order // ids.shape[1], weights.reshape(-1, 1)[order]
-        out = torch.zeros_like(x)
-        for expert, (start, stop) in enumerate(pairwise(bounds)):
-            if start < stop:
-                rows = tokens[start:stop]
-                inner = self.silu_mul(functional.linear(x[rows], gate_up[expert]))
-                out.index_add_(0, rows, functional.linear(inner, down[expert]) * weights[start:stop])
-        return out
+        first, *bounds = torch.searchsorted(flat, torch.arange(len(gate_up) + 1)).tolist()
+        mine = order[first : bounds[-1]]
+        runs = [(expert, start - first, stop - first) for expert, (start, stop) in enumerate(pairwise((first, *bounds))) if start < stop]
+        if not runs:
+            return torch.zeros_like(x)
+        # One small operation for all experts where possible: of few tokens, each costs as much as an expert's weights.
+        rows = x[mine // top_k]
+        inner = self.silu_mul(torch.cat([functional.linear(rows[start:stop], gate_up[expert]) for expert, start, stop in runs]))
+        outs = torch.cat([functional.linear(inner[start:stop], down[expert]) for expert, start, stop in runs])
+        parts = x.new_zeros((num_tokens * top_k, x.shape[1]))
+        parts[mine] = outs * weights.gather(1, by_id).view(-1, 1)[mine]
+        return _added_up(parts.view(num_tokens, top_k, -1))
+
+
+def _added_up(parts: torch.Tensor) -> torch.Tensor:
+    """[T, k, H] -> [T, H], one after the other: `sum` would round once, transformers rounds after each expert."""
+    total = torch.zeros_like(parts[:, 0])
+    for part in parts.unbind(1):
+        total += part
+    return total
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """One sequence's share of a step: rows start … stop of the batch, its blocks, and how many tokens they hold afterwards.
+    """One sequence's share of a step: how many tokens it computes and holds afterwards, and where its keys and values are.
 
-    mask: None where all keys are visible or the pattern is plainly causal.
+    pieces: [2 * num_kv_heads * num_blocks], in this order, rows of what `_pieces` makes of a layer. mask: None where all keys are
+    visible or the pattern is plainly causal.
     """
 
-    start: int
-    stop: int
-    block_ids: list[int]
+    num_tokens: int
     context_len: int
+    pieces: torch.Tensor
     mask: torch.Tensor | None
 
     @property
     def causal(self) -> bool:
         """Whether the chunk is the whole context: no cached prefix."""
-        return self.stop - self.start == self.context_len
+        return self.num_tokens == self.context_len
 
 
 class CpuBlockAttention:
     """Implements baton.engine.devices.BlockAttention: one fused attention call per sequence."""
 
-    def __init__(self, batch: Batch, block_size: int) -> None:
-        starts = batch.query_starts
-        lens = starts[1:] - starts[:-1]
+    def __init__(self, batch: Batch, like: LayerCache) -> None:
+        block_size = like.kv.shape[3]
+        lens = np.diff(batch.query_starts)
         owner = np.repeat(np.arange(batch.num_sequences), lens)
         blocks = batch.block_tables[owner, batch.positions // block_size] if batch.num_tokens else batch.positions
         self._blocks = torch.from_numpy(blocks.astype(np.int64))
         self._offsets = torch.from_numpy((batch.positions % block_size).astype(np.int64))
-        self._parts = [_part(batch, block_size, sequence) for sequence in range(batch.num_sequences)]
+        self._lens: list[int] = lens.tolist()
+        self._parts = [_part(batch, like, sequence) for sequence in range(batch.num_sequences)]
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, cache: LayerCache) -> None:
         cache.kv[self._blocks, :, :, self._offsets] = torch.stack((keys, values), dim=1)
 
     def attend(self, queries: torch.Tensor, cache: LayerCache) -> torch.Tensor:
-        num_tokens, num_heads, dim = queries.shape
-        out = torch.empty((num_tokens, num_heads * dim), dtype=queries.dtype)
-        for part in self._parts:
-            out[part.start : part.stop] = _attend(queries[part.start : part.stop], cache.kv, part)
-        return out
+        if not self._parts:
+            return queries.flatten(1)
+        pieces, num_kv_heads = _pieces(cache), cache.kv.shape[2]
+        of_parts = zip(torch.split(queries, self._lens), self._parts, strict=True)
+        return torch.cat([_attend(of_part, pieces, num_kv_heads, part) for of_part, part in of_parts])
 
 
-def _part(batch: Batch, block_size: int, sequence: int) -> _Part:
+def _pieces(cache: LayerCache) -> torch.Tensor:
+    """The layer as rows of one head of one block, [n, block_size * D]; between its blocks lie the rows of other layers."""
+    num_blocks, *inner = cache.kv.shape
+    width = inner[2] * inner[3]
+    num_rows = (num_blocks - 1) * (cache.kv.stride(0) // width) + inner[0] * inner[1]
+    return cache.kv.as_strided((num_rows, width), (width, 1))
+
+
+def _part(batch: Batch, like: LayerCache, sequence: int) -> _Part:
     start, stop = (int(batch.query_starts[sequence + i]) for i in range(2))
     context_len = int(batch.context_lens[sequence])
-    num_blocks = -(-context_len // block_size)
+    _, num_parts, num_kv_heads, block_size, dim = like.kv.shape
+    blocks = batch.block_tables[sequence, : -(-context_len // block_size)].astype(np.int64)
+    pieces = np.arange(num_parts * num_kv_heads)[:, None] + blocks * (like.kv.stride(0) // (block_size * dim))
     mask = None
     if 1 < stop - start < context_len:
         last_visible = torch.from_numpy(batch.positions[start:stop].astype(np.int64))
         mask = torch.arange(context_len) <= last_visible[:, None]
-    return _Part(start, stop, batch.block_tables[sequence, :num_blocks].tolist(), context_len, mask)
+    return _Part(stop - start, context_len, torch.from_numpy(pieces.reshape(-1)), mask)
 
 
-def _attend(queries: torch.Tensor, kv: torch.Tensor, part: _Part) -> torch.Tensor:
-    """queries [n, num_heads, D], kv [num_blocks, 2, num_kv_heads, block_size, D] -> [n, num_heads * D].
+def _attend(queries: torch.Tensor, pieces: torch.Tensor, num_kv_heads: int, part: _Part) -> torch.Tensor:
+    """queries [n, num_heads, D], pieces [rows, block_size * D] -> [n, num_heads * D].
 
     The query heads of one KV head form the second axis of a call whose batch axis is the KV heads, so no KV is repeated; for a
     single token they form the query axis, since all of them see the same keys.
     """
     num_tokens, num_heads, dim = queries.shape
-    num_kv_heads = kv.shape[2]
-    keys, values = torch.cat([kv[block] for block in part.block_ids], dim=2)[:, :, : part.context_len]
+    gathered = functional.embedding(part.pieces, pieces).view(2, 1, num_kv_heads, -1, dim)
+    keys, values = gathered[:, :, :, : part.context_len].unbind()
     if num_tokens == 1:
         grouped = queries.view(1, num_kv_heads, num_heads // num_kv_heads, dim)
-        return functional.scaled_dot_product_attention(grouped, keys[None], values[None]).reshape(1, num_heads * dim)
+        return functional.scaled_dot_product_attention(grouped, keys, values).view(1, num_heads * dim)
     grouped = queries.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, dim).permute(1, 2, 0, 3)
     shape = (*grouped.shape[:2], part.context_len, dim)
     out = functional.scaled_dot_product_attention(
-        grouped, keys[:, None].expand(shape), values[:, None].expand(shape), attn_mask=part.mask, is_causal=part.causal
+        grouped, keys[0, :, None].expand(shape), values[0, :, None].expand(shape), attn_mask=part.mask, is_causal=part.causal
     )
     return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads * dim)

@@ -1,0 +1,119 @@
+"""Whatever can be said in our types comes back from a message as it was; what baton.v1 has no field for is refused."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton import wire
+from baton.errors import InvalidRequest, NodeLost
+from baton.request import (
+    BlockCounts,
+    Chunk,
+    FinishReason,
+    GenerateRequest,
+    Prompt,
+    Sampling,
+    SamplingAsked,
+    SequenceRequest,
+    TokenEvent,
+    TokenLogprob,
+    Usage,
+)
+from baton.rpc import join
+from baton.v1 import inference_pb2, node_pb2
+
+IDS = st.lists(st.integers(0, 2**31 - 1), max_size=4).map(tuple)
+COUNT = st.integers(0, 2**31)
+FLOAT = st.floats(0, 1, width=32)
+TEXT = st.text(max_size=5)
+REASON = st.none() | st.sampled_from(list(FinishReason))
+LOGPROB = st.builds(
+    TokenLogprob, COUNT, st.floats(-100, 0, width=32), st.lists(st.tuples(COUNT, st.floats(-100, 0, width=32)), max_size=2).map(tuple)
+)
+LOGPROBS = st.lists(LOGPROB, max_size=2).map(tuple)
+SAMPLING = st.builds(
+    Sampling, COUNT, COUNT, FLOAT, COUNT.map(lambda k: k // 2), FLOAT, FLOAT, st.integers(0, 2**64 - 1), IDS, st.none() | st.integers(0, 20)
+)
+ASKED = st.builds(
+    SamplingAsked,
+    *(st.none() | values for values in (COUNT, COUNT, FLOAT, st.integers(-1, 2**31 - 1), FLOAT, FLOAT, st.integers(0, 2**64 - 1))),
+    st.lists(TEXT, max_size=2).map(tuple),
+    IDS,
+    st.booleans(),
+    st.none() | COUNT,
+    st.booleans(),
+)
+MESSAGES = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_size=2).map(tuple)
+PROMPT = st.builds(lambda text: Prompt(text=text), TEXT) | st.builds(lambda ids: Prompt(token_ids=ids), IDS)
+CHAT = st.builds(lambda messages, wanted: Prompt(messages=messages, add_generation_prompt=wanted), MESSAGES, st.booleans())
+USAGE = st.builds(Usage, COUNT, COUNT, COUNT)
+
+
+@given(
+    st.builds(
+        GenerateRequest,
+        prompt=PROMPT | CHAT,
+        sampling=ASKED,
+        request_id=TEXT,
+        model=TEXT,
+        n=COUNT,
+        stream=st.booleans(),
+        echo=st.booleans(),
+    )
+)
+def test_a_request_comes_back(request_):
+    message = inference_pb2.GenerateRequest.FromString(wire.generate_request_to_message(request_).SerializeToString())
+    assert wire.generate_request_from_message(message, 3.0) == replace(request_, timeout_s=3.0)
+
+
+@given(
+    st.builds(
+        Chunk, TEXT, COUNT, TEXT, IDS, LOGPROBS, REASON, st.none() | COUNT | TEXT, st.none() | USAGE, st.none() | COUNT, st.booleans(),
+        st.lists(TEXT, max_size=2).map(tuple),
+    )
+)  # fmt: skip
+def test_a_chunk_comes_back(chunk):
+    message = inference_pb2.GenerateChunk.FromString(wire.chunk_to_message(chunk).SerializeToString())
+    assert wire.chunk_from_message(message) == chunk
+
+
+@given(st.builds(SequenceRequest, TEXT, COUNT, IDS.filter(bool), SAMPLING, IDS))
+def test_a_sequence_comes_back(sequence):
+    message = node_pb2.SequenceRequest.FromString(wire.sequence_to_message(sequence, 2.5).SerializeToString())
+    assert message.time_left_s == 2.5
+    found = wire.sequence_from_message(message)
+    assert found == sequence
+
+
+@given(st.builds(TokenEvent, TEXT, COUNT, COUNT, IDS, LOGPROBS, REASON, st.none() | COUNT))
+def test_a_token_event_comes_back(event):
+    (message,) = wire.tokens_to_messages([event])
+    assert wire.token_event_from_message(node_pb2.TokenEvent.FromString(message.SerializeToString())) == event
+
+
+def test_counts_and_errors_come_back():
+    counts = BlockCounts(10, 4, 3, 2, 1)
+    assert wire.counts_from_message(wire.counts_to_message(counts)) == counts
+    for error in (NodeLost("gone", stage="pull", node="d", retry_after_s=2.0), NodeLost("gone", cause="other", retryable=False)):
+        assert vars(wire.error_from_message(wire.error_to_message(error), NodeLost)) == vars(error)
+
+
+def test_what_cannot_be_carried_is_refused():
+    named = Prompt(messages=({"role": "user", "content": "x", "name": "me"},))
+    with pytest.raises(InvalidRequest, match="role and content only, not name"):
+        wire.generate_request_to_message(GenerateRequest(named))
+    told = Prompt(messages=(), template_values={"enable_thinking": False})
+    with pytest.raises(InvalidRequest, match="chat_template_kwargs"):
+        wire.generate_request_to_message(GenerateRequest(told))
+    with pytest.raises(InvalidRequest, match="no prompt: set text"):
+        wire.generate_request_from_message(inference_pb2.GenerateRequest(), None)
+    with pytest.raises(InvalidRequest, match="no prompt tokens"):
+        wire.sequence_from_message(node_pb2.SequenceRequest(request_id="r"))
+    with pytest.raises(InvalidRequest, match="newer protocol"):
+        wire.finish_from_message(77)
+
+
+def test_addresses_as_urls_write_them():
+    assert (join("127.0.0.1", 8001), join("::1", 8001), join("localhost", 0)) == ("127.0.0.1:8001", "[::1]:8001", "localhost:0")
