@@ -110,7 +110,7 @@ def connect(address: str, *, namespace: str | None = None, show_logs: bool = Fal
 
 
 def _probe(address: str) -> None:
-    """Raise Unavailable unless something listens at host:port; Ray itself would wait for minutes. Other forms of address are Ray's business."""
+    """Raise Unavailable unless something listens at host:port, where Ray itself would wait for minutes. Others are for Ray to judge."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         return

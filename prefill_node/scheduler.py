@@ -62,7 +62,10 @@ class Announced:
 
 @dataclass(frozen=True, slots=True)
 class PrefillOutcome:
-    """What a step brought. failed: attempts that ended because no token could be drawn. ended: leases whose blocks were given up; a pull that comes for one finds it gone."""
+    """What a step brought.
+
+    ended: leases whose blocks were given up; a pull that comes for one finds it gone. failed: attempts for which no token could be drawn.
+    """
 
     events: tuple[TokenEvent, ...] = ()
     announcements: tuple[Announced, ...] = ()
