@@ -14,8 +14,8 @@ from baton import rpc
 from baton.config import PROTOCOL_VERSION
 from baton.deadline import Deadline
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, Incompatible, LeaseLost, NodeLost
-from baton.v1 import node_pb2, transfer_pb2, transfer_pb2_grpc
-from baton.wire import error_from_message, finish_from_message, logprob_from_message
+from baton.v1 import inference_pb2, node_pb2, transfer_pb2, transfer_pb2_grpc
+from baton.wire import finish_from_message, logprob_from_message
 from kv_transfer.layout import KVLayout
 from kv_transfer.lease import Announced, FinalToken
 from kv_transfer.transport import NONCE_BYTES, Export
@@ -139,7 +139,7 @@ class Pull:
         if not isinstance(reply, transfer_pb2.PullReply):
             raise NodeLost(f"{self._address} has closed the Pull", stage="pull", node=self._address)
         if reply.WhichOneof("reply") == "error":
-            raise error_from_message(reply.error, LeaseLost)
+            raise _lease_lost(reply.error)
         return reply
 
     def _lost(self, error: grpc.RpcError) -> BatonError:
@@ -149,6 +149,11 @@ class Pull:
 
     def _nonsense(self, reply: transfer_pb2.PullReply) -> BatonError:
         return Incompatible(f"{self._address} answers a Pull with {reply.WhichOneof('reply')}", stage="pull", node=self._address)
+
+
+def _lease_lost(detail: inference_pb2.ErrorDetail) -> LeaseLost:
+    """Whatever ended the lease there, here the blocks are gone and another attempt makes sense; prefill tells the router the rest."""
+    return LeaseLost(detail.message, stage=detail.stage, node=detail.node, cause=detail.cause)
 
 
 def layout_of(message: node_pb2.KVLayout) -> KVLayout:

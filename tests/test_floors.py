@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ LIGHT = ["baton/__init__.py", "baton/*.py", "baton/v1/*.py", "router/**"]
 HEAVY = ("torch", "torch_npu", "transformers")
 
 
+@cache
 def sources() -> list[str]:
     """Every Python file of the packages, relative to the root, stubs for type checkers included."""
     found = [path for top in TOPS for path in (ROOT / top).rglob("*.py*") if path.suffix in (".py", ".pyi")]
@@ -127,6 +129,7 @@ def imported_by(node: ast.AST, package: list[str]) -> Iterator[str]:
         yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
 
 
+@cache
 def imports(path: str) -> list[tuple[int, str]]:
     """Every (line, dotted name) a file imports, wherever in the file it does so."""
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"), path)

@@ -153,6 +153,7 @@ def test_a_lost_peer_is_an_error(pair: Pair) -> None:
         pair[0].all_reduce(torch.ones(4))
 
 
+@pytest.mark.relay
 def test_groups_can_be_closed_while_a_step_waits_for_a_stopped_peer(pair: Pair) -> None:
     groups, _, threads = pair
     step = threads.submit(groups.all_reduce, torch.ones(4))
@@ -167,6 +168,7 @@ def test_groups_can_be_closed_while_a_step_waits_for_a_stopped_peer(pair: Pair) 
         groups.exchange_sizes(1)
 
 
+@pytest.mark.relay
 def test_a_peer_that_never_comes_is_an_error() -> None:
     meeting = Rendezvous("127.0.0.1", 1.0)
     with pytest.raises(NodeLost, match="met not all of its 2 ranks"):

@@ -123,6 +123,7 @@ async def test_the_clients_deadline_and_its_leaving_reach_the_nodes(model_dir: P
         assert router.decode.num_active == 0
 
 
+@pytest.mark.relay
 async def test_a_client_that_reads_nothing_is_given_up(model_dir: Path) -> None:
     narrow = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024))
     request = generate_request_to_message(make_request("x" * 3900, {"max_tokens": 190, "n": 100, "echo": True, "ignore_eos": True}))
@@ -228,13 +229,24 @@ async def test_http_is_served_beside_it(model_dir: Path) -> None:
         assert (await http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 10**6})).status_code == 400
 
 
-async def test_stopping_ends_requests_and_frees_the_ports(model_dir: Path) -> None:
-    async with running(model_dir, step_s=0.01) as router:
-        request = asyncio.create_task(router.client.complete(PROMPT, max_tokens=4000))
-        await until(lambda: router.decode.num_active == 1)
+async def test_stopping_tells_every_client_and_frees_the_ports(model_dir: Path) -> None:
+    """Running and queued, over gRPC and HTTP, streamed or not: each gets one error that says why, before the ports close."""
+    async with running(model_dir, step_s=0.01, max_running=3) as router, httpx.AsyncClient() as http:
+        url, body = f"http://{router.addresses['http']}/v1/completions", {"model": "echo", "prompt": PROMPT, "max_tokens": 4000}
+        requests = [asyncio.create_task(router.client.complete(PROMPT, max_tokens=4000)) for _ in range(2)]
+        await until(lambda: router.decode.num_active == 2)
+        streamed = asyncio.create_task(http.post(url, json={**body, "stream": True}))
+        await until(lambda: router.decode.num_active == 3)
+        queued = asyncio.create_task(http.post(url, json=body))
+        await until(lambda: router.server.dispatcher.status()["requests_queued"] == 1)
         await router.server.stop()
-        with pytest.raises(BatonError):
-            await request
+        for request in requests:
+            with pytest.raises(Unavailable) as told:
+                await request
+            assert (told.value.cause, told.value.retryable) == ("shutting_down", True)
+        assert '"code":"shutting_down"' in (await streamed).text
+        assert (await queued).status_code == 503
+        assert (await queued).json()["error"]["code"] == "shutting_down"
         await until(lambda: not router.decode.sessions)
         with pytest.raises(grpc.RpcError):
             async with open_channel(router.addresses["grpc"]) as channel:
