@@ -34,7 +34,9 @@ async def test_a_sequence_that_nobody_waits_for_is_ended(make_dispatcher: MakeDi
 
 async def test_a_load_that_says_nothing_new_wakes_nobody(make_dispatcher: MakeDispatcher) -> None:
     fleet = (await make_dispatcher(*nodes())).fleet
-    group = fleet.registry.pairs()[0].decode
+    pair = fleet.registry.pairs()[0]
+    await until(lambda: pair.prefill.idle and pair.decode.idle, "the proof's last word")
+    group = pair.decode
     for load, woken in ((replace(group.load, steps=99), False), (replace(group.load, running_sequences=1), True)):
         waiting = asyncio.create_task(fleet.changed(20))
         await asyncio.sleep(0)
