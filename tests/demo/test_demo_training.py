@@ -16,6 +16,8 @@ from demo.train.model import TINY, DemoModel
 from demo.train.optimizer import orthogonal
 from demo.train.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.demo
+
 
 def _document(number: int) -> Document:
     entry = Entry(f"toy.f{number}", "function", f"toy.f{number}(x)", f"Return {number} times x, or raise ValueError.", "")
