@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ from kv_transfer.reader import Reader
 from kv_transfer.transport import Export
 from ranks.facts import ReadOrder
 from ranks.service import Peer
+
+log = logging.getLogger(__name__)
 
 CONNECT_S = 5.0
 MAX_SOURCES = 64
@@ -66,8 +69,13 @@ class GroupReader:
         task = self._reaching.get(incarnation)
         if task is None:
             task = self._reaching[incarnation] = asyncio.create_task(self._reach(incarnation, exports))
-            task.add_done_callback(lambda _: self._reaching.pop(incarnation))
+            task.add_done_callback(lambda task: self._reached(incarnation, task))
         return await asyncio.shield(task)
+
+    def _reached(self, incarnation: bytes, task: asyncio.Task[str]) -> None:
+        del self._reaching[incarnation]
+        if not task.cancelled() and task.exception():  # also when every pull that waited for it was cancelled
+            log.debug("a prefill node could not be reached: %s", task.exception())
 
     async def _reach(self, incarnation: bytes, exports: Sequence[Export]) -> str:
         if not exports:

@@ -53,11 +53,6 @@ class Drive:
         """Whether `close` was called: what fails from then on fails because of it."""
         return self._closing
 
-    @property
-    def epoch(self) -> int:
-        """The last step finished."""
-        return self._state.epoch
-
     def poke(self) -> None:
         """Work may have arrived for this rank's planner."""
         self._nudge.set()

@@ -1,4 +1,4 @@
-"""gRPC between the ranks of one node: wake, read, sources, state. Knows the messages, decides nothing."""
+"""gRPC between the ranks of one node: wake, read, sources, export. Knows the messages, decides nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from baton.v1 import node_pb2, rank_pb2, rank_pb2_grpc
 from kv_transfer.client import export_of
 from kv_transfer.server import export_message
 from kv_transfer.transport import Export
-from ranks.facts import RankCounts, ReadOrder
+from ranks.facts import ReadOrder
 
 RANK_SERVICE = "baton.v1.RankControl"
 WAKE_S = 5.0
@@ -36,9 +36,6 @@ class RankSide(Protocol):
 
     def export(self) -> Export:
         """Where this rank's blocks can be read. Raises InvalidRequest on a rank that serves no reads."""
-
-    def counts(self) -> RankCounts:
-        """What the rank holds."""
 
 
 class RankService(rank_pb2_grpc.RankControlServicer):
@@ -73,11 +70,6 @@ class RankService(rank_pb2_grpc.RankControlServicer):
             return export_message(self._side.export())
         except BatonError as error:
             await abort(context, error)
-
-    async def State(self, request: rank_pb2.StateRequest, context: grpc.aio.ServicerContext) -> rank_pb2.StateReply:  # type: ignore[type-arg]
-        """See proto."""
-        counts = self._side.counts()
-        return rank_pb2.StateReply(node=counts.node, rank=counts.rank, pid=counts.pid, asleep=counts.asleep, cpu_seconds=counts.cpu_seconds)
 
 
 def _order(request: rank_pb2.ReadRequest) -> ReadOrder:

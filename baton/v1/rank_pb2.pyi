@@ -55,25 +55,3 @@ class ReadReply(_message.Message):
 class ExportRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
-
-class StateRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
-class StateReply(_message.Message):
-    __slots__ = ("node", "rank", "pid", "incarnation", "epoch", "asleep", "cpu_seconds")
-    NODE_FIELD_NUMBER: _ClassVar[int]
-    RANK_FIELD_NUMBER: _ClassVar[int]
-    PID_FIELD_NUMBER: _ClassVar[int]
-    INCARNATION_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    ASLEEP_FIELD_NUMBER: _ClassVar[int]
-    CPU_SECONDS_FIELD_NUMBER: _ClassVar[int]
-    node: str
-    rank: int
-    pid: int
-    incarnation: bytes
-    epoch: int
-    asleep: bool
-    cpu_seconds: float
-    def __init__(self, node: _Optional[str] = ..., rank: _Optional[int] = ..., pid: _Optional[int] = ..., incarnation: _Optional[bytes] = ..., epoch: _Optional[int] = ..., asleep: bool = ..., cpu_seconds: _Optional[float] = ...) -> None: ...

@@ -35,11 +35,6 @@ class RankControlStub(object):
                 request_serializer=baton_dot_v1_dot_rank__pb2.ExportRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_node__pb2.ExportHandle.FromString,
                 )
-        self.State = channel.unary_unary(
-                '/baton.v1.RankControl/State',
-                request_serializer=baton_dot_v1_dot_rank__pb2.StateRequest.SerializeToString,
-                response_deserializer=baton_dot_v1_dot_rank__pb2.StateReply.FromString,
-                )
 
 
 class RankControlServicer(object):
@@ -73,13 +68,6 @@ class RankControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def State(self, request, context):
-        """State is what tests and status ask: process facts of this rank.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_RankControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -102,11 +90,6 @@ def add_RankControlServicer_to_server(servicer, server):
                     servicer.Export,
                     request_deserializer=baton_dot_v1_dot_rank__pb2.ExportRequest.FromString,
                     response_serializer=baton_dot_v1_dot_node__pb2.ExportHandle.SerializeToString,
-            ),
-            'State': grpc.unary_unary_rpc_method_handler(
-                    servicer.State,
-                    request_deserializer=baton_dot_v1_dot_rank__pb2.StateRequest.FromString,
-                    response_serializer=baton_dot_v1_dot_rank__pb2.StateReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -183,22 +166,5 @@ class RankControl(object):
         return grpc.experimental.unary_unary(request, target, '/baton.v1.RankControl/Export',
             baton_dot_v1_dot_rank__pb2.ExportRequest.SerializeToString,
             baton_dot_v1_dot_node__pb2.ExportHandle.FromString,
-            options, channel_credentials,
-            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
-
-    @staticmethod
-    def State(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(request, target, '/baton.v1.RankControl/State',
-            baton_dot_v1_dot_rank__pb2.StateRequest.SerializeToString,
-            baton_dot_v1_dot_rank__pb2.StateReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
