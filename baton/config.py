@@ -33,6 +33,7 @@ def parse_bytes(size: int | str) -> int:
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["auto", "none", "w8a8"]
 
 
 class Section(BaseModel):
@@ -46,6 +47,9 @@ class PrefillConfig(Section):
 
     nodes: int = Field(1, ge=1, description="number of prefill nodes (model replicas)")
     tp: int = Field(1, ge=1, description="tensor-parallel ranks per node")
+    moe: Literal["experts", "tensor"] = Field(
+        "experts", description="how tp ranks share experts: experts (each holds some of them whole) or tensor (each holds a slice of all)"
+    )
     max_step_tokens: int = Field(2048, ge=16, description="tokens computed in one step: the size of a prompt's chunks")
     max_sequences: int = Field(64, ge=1, description="prompts computed at the same time")
     max_waiting: int = Field(1024, ge=0, description="prompts that may wait on one node; more are refused")
@@ -111,6 +115,9 @@ class BatonConfig(Section):
     served_model_name: str = Field("", description="name clients use; empty: the model string as given")
     device: Literal["cpu"] = Field("cpu", description="device of all ranks")
     dtype: Dtype = Field("auto", description="dtype of weights, activations and KV cache; auto: the checkpoint's")
+    quantization: Quantization = Field(
+        "auto", description="auto: as the checkpoint is; w8a8: int8 weights and activations, made while loading where it is not; none"
+    )
     max_model_len: int = Field(0, ge=0, description="longest prompt plus answer, tokens; 0: the model's limit, or what fits")
     block_size: int = Field(16, ge=1, le=256, description="token slots per KV block, equal within a cluster")
     kv_memory: Bytes = Field(512 * 2**20, description="KV cache per rank, bytes (or 512MiB, 2GiB)")

@@ -16,11 +16,14 @@ from typing import TypeVar
 
 from baton.config import RankPlan
 from baton.engine.batch import Batch
+from baton.engine.config_json import load_spec
+from baton.engine.fingerprint import fingerprint
 from baton.engine.kv_cache import AXES, KVCache, KVShape
-from baton.engine.parallel import Groups, Placement, Rendezvous
+from baton.engine.parallel import Groups, Rendezvous
+from baton.engine.placement import Placement
 from baton.engine.rank import Rank, set_threads
 from baton.engine.runner import Runner, StepOutcome
-from baton.engine.spec import ModelSpec, fingerprint, load_spec
+from baton.engine.spec import ModelSpec
 from baton.request import BlockCounts
 from baton.rpc import Health, bind, make_server
 from kv_transfer.layout import KVLayout
@@ -104,11 +107,12 @@ class RankHost:
     def _read_spec(self) -> tuple[ModelSpec, str]:
         set_threads(self.plan.threads)
         config = self.plan.config
-        return load_spec(config.model, config.dtype), fingerprint(config.model)
+        return load_spec(config.model, config.dtype, config.quantization), fingerprint(config.model)
 
     def _place(self) -> Placement:
         coupled = self.plan.role == "decode" and self.spec.moe is not None
-        return Placement.of(self.plan.rank, self.plan.tp_size, self.plan.dp_size, coupled)
+        split_experts = self.plan.role == "prefill" and self.plan.config.prefill.moe == "tensor"
+        return Placement.of(self.plan.rank, self.plan.tp_size, self.plan.dp_size, coupled, split_experts)
 
     def _steps_with_me(self, rank: int) -> bool:
         return self.placement.coupled or rank // self.plan.tp_size == self.plan.group
@@ -121,10 +125,10 @@ class RankHost:
             block_size=shape.block_size,
             layer_start=0,
             num_layers=shape.num_layers,
-            num_parts=shape.num_parts,
+            num_parts=len(shape.part_dims),
             head_start=shape.head_start,
             num_heads=shape.num_heads,
-            head_dim=shape.head_dim,
+            head_dim=shape.part_dims[0],
             dtype=shape.dtype,
             model_num_layers=self.spec.num_layers,
             model_num_kv_heads=self.spec.kv_heads,

@@ -14,37 +14,38 @@ import torch
 
 from baton.engine.batch import Batch, UInt64
 from baton.engine.devices import LayerCache
-from baton.engine.parallel import Placement
+from baton.engine.placement import Placement
 from baton.engine.spec import ModelSpec
 
 AXES = ("block", "layer", "part", "head", "slot", "dim")
-NUM_PARTS = 2
 Buffer = memoryview | bytearray | mmap.mmap
 
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What one rank keeps of every block: heads head_start … head_start + num_heads - 1 of all layers, K (part 0) and V (part 1)."""
+    """What one rank keeps of every block: heads head_start … head_start + num_heads - 1 of all layers.
+
+    part_dims: widths of what is kept per token and head: K and V, or one latent. Within a layer, parts lie one after the other.
+    """
 
     num_layers: int
     head_start: int
     num_heads: int
     block_size: int
-    head_dim: int
+    part_dims: tuple[int, ...]
     dtype: str
     dtype_bytes: int
-    num_parts: int = NUM_PARTS
 
     @classmethod
     def of(cls, spec: ModelSpec, placement: Placement, block_size: int) -> KVShape:
         """The shape on one rank; ranks beyond the number of KV heads hold replicas."""
         heads = placement.kv_heads(spec.kv_heads)
-        return cls(spec.num_layers, heads.start, len(heads), block_size, spec.head_dim, spec.dtype, spec.dtype_bytes)
+        return cls(spec.num_layers, heads.start, len(heads), block_size, spec.part_dims, spec.dtype, spec.dtype_bytes)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block on this rank."""
-        return self.num_layers * self.num_parts * self.num_heads * self.block_size * self.head_dim * self.dtype_bytes
+        return self.num_layers * self.num_heads * self.block_size * sum(self.part_dims) * self.dtype_bytes
 
     def num_blocks(self, memory_bytes: int) -> int:
         """How many blocks fit."""
@@ -67,12 +68,19 @@ class KVCache:
         self.num_blocks = num_blocks
         self._generations = generations
         flat = torch.frombuffer(buffer, dtype=torch.uint8, count=size).view(_torch_dtype(shape.dtype))
-        blocks = flat.view(num_blocks, shape.num_layers, shape.num_parts, shape.num_heads, shape.block_size, shape.head_dim)
-        self.layers = tuple(LayerCache(blocks[:, layer]) for layer in range(shape.num_layers))
+        blocks = flat.view(num_blocks, shape.num_layers, -1)
+        self.layers = tuple(_layer(blocks[:, layer], shape) for layer in range(shape.num_layers))
 
     def stamp(self, batch: Batch) -> None:
         """Give the batch's new blocks their generations. Before the step writes: a peer that read the old content must notice."""
         self._generations[batch.new_blocks] = batch.new_generations
+
+
+def _layer(blocks: torch.Tensor, shape: KVShape) -> LayerCache:
+    """blocks: [num_blocks, elements of a layer's block]."""
+    sizes = [shape.num_heads * shape.block_size * dim for dim in shape.part_dims]
+    parts = zip(torch.split(blocks, sizes, dim=1), shape.part_dims, strict=True)
+    return LayerCache(tuple(part.view(len(part), shape.num_heads, shape.block_size, dim) for part, dim in parts))
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from baton.engine.layers import Setting
+from baton.engine.devices import Matrix
+from baton.engine.setting import Setting
 from baton.engine.weights import Piece
 
 _ALL = slice(None)
@@ -27,8 +28,8 @@ class Moe:
         self._setting, self._moe = setting, moe
         self._experts = setting.placement.experts(moe.num_experts)
         self.router = setting.empty(moe.num_experts, setting.spec.hidden)
-        self.gate_up = setting.empty(len(self._experts), 2 * moe.intermediate, setting.spec.hidden)
-        self.down = setting.empty(len(self._experts), setting.spec.hidden, moe.intermediate)
+        self.gate_up = setting.matrix(len(self._experts), 2 * moe.intermediate, setting.spec.hidden)
+        self.down = setting.matrix(len(self._experts), setting.spec.hidden, moe.intermediate)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, H], equal on the ranks of a tensor-parallel group -> [T, H], likewise."""
@@ -58,12 +59,13 @@ class Moe:
         send = wanted.sum(1).tolist()
         receive = groups.exchange_counts(send)
         rows = _pack(x[tokens], weights[tokens], ids[tokens] - ranks[:, None] * per_rank)
-        sums = self._local(*_unpack(groups.all_to_all(rows, send, receive), x, self._moe.top_k))
+        sums = self._local(*_unpack(groups.all_to_all(rows, send, receive), x, self._moe.gate.top_k))
         out.index_add_(0, tokens, groups.all_to_all(sums, receive, send))
 
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         device = self._setting.device
-        return device.route(device.linear(x, self.router), self._moe.top_k, self._moe.normalize_top_k)
+        weights, ids = device.route(device.linear(x, Matrix(self.router)), self._moe.gate)
+        return weights.to(x.dtype), ids
 
     def _local(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return self._setting.device.experts(x, weights, ids, self.gate_up, self.down)
@@ -71,14 +73,21 @@ class Moe:
     def pieces(self, prefix: str) -> Iterator[Piece]:
         """Everything under `prefix`.mlp: the router, and one tensor per expert and projection, as the hub has them."""
         yield Piece(f"{prefix}.gate.weight", tuple(self.router.shape), (_ALL, _ALL), self.router)
-        width = self._moe.intermediate
+        width, hidden = self._moe.intermediate, self._setting.spec.hidden
         for expert in range(self._moe.num_experts):
-            mine = slice(expert - self._experts.start, expert - self._experts.start + 1) if expert in self._experts else slice(0, 0)
-            gate_up, down = self.gate_up[mine].flatten(0, 1), self.down[mine].flatten(0, 1)
             name = f"{prefix}.experts.{expert}"
-            yield Piece(f"{name}.gate_proj.weight", (width, gate_up.shape[1]), (_ALL, _ALL), gate_up[:width])
-            yield Piece(f"{name}.up_proj.weight", (width, gate_up.shape[1]), (_ALL, _ALL), gate_up[width:])
-            yield Piece(f"{name}.down_proj.weight", (gate_up.shape[1], width), (_ALL, _ALL), down)
+            gate, up, down = self._expert(expert - self._experts.start) if expert in self._experts else self._nothing()
+            yield Piece.of(f"{name}.gate_proj.weight", (width, hidden), (_ALL, _ALL), gate)
+            yield Piece.of(f"{name}.up_proj.weight", (width, hidden), (_ALL, _ALL), up)
+            yield Piece.of(f"{name}.down_proj.weight", (hidden, width), (_ALL, _ALL), down)
+
+    def _expert(self, local: int) -> tuple[Matrix, Matrix, Matrix]:
+        width = self._moe.intermediate
+        return self.gate_up[local][:width], self.gate_up[local][width:], self.down[local]
+
+    def _nothing(self) -> tuple[Matrix, Matrix, Matrix]:
+        none = self.gate_up[:0]
+        return none, none, none
 
 
 def _pack(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

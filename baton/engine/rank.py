@@ -11,10 +11,12 @@ from baton.engine import weights
 from baton.engine.batch import Batch, Sampled
 from baton.engine.devices import open_device
 from baton.engine.kv_cache import KVCache, KVShape
-from baton.engine.layers import Rotary, Setting, Step
 from baton.engine.models import build_model
-from baton.engine.parallel import Groups, Placement
+from baton.engine.parallel import Groups
+from baton.engine.placement import Placement
+from baton.engine.rotary import Rotary
 from baton.engine.sampler import sample
+from baton.engine.setting import Setting, Step
 from baton.engine.spec import ModelSpec
 
 

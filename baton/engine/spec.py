@@ -1,41 +1,16 @@
-"""What config.json says about a model, checked and completed. Knows no tensors and no devices.
-
-Field names and defaults are those of the `transformers` configuration classes: what a checkpoint on the hub may leave out
-has the default of its class, anything that would change the computation in a way Baton does not implement is refused by name.
-"""
+"""What a model is, as plain values. Knows no tensors, no files and no devices; config_json.py makes these."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from baton.errors import ConfigError
-
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-}
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_DTYPE_ALIASES = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
-_ROPE_TYPES = ("default", "llama3")
-_TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
-_WINDOW_BYTES = 1 << 20
-_WINDOWS = 16  # per file, the last one at its end
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_MAX_POSITIONS = {"llama": 2048}
-
-Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Llama3Scaling:
-    """How Llama 3.1 stretches rotary frequencies beyond `original_positions`; formula in layers.Rotary."""
+    """How Llama 3.1 stretches rotary frequencies beyond `original_positions`; formula in rotary.py."""
 
     factor: float
     low_freq_factor: float
@@ -44,30 +19,92 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """How YaRN (https://arxiv.org/abs/2309.00071) stretches rotary frequencies; formula in rotary.py.
+
+    attention_factor multiplies cos and sin. truncate: correction range in whole dimensions.
+    """
+
+    factor: float
+    original_positions: int
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Positions divided by a factor."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding over the whole head."""
+    """Rotary position embedding. interleaved: a pair is two neighbours (2i, 2i + 1) rather than (i, i + D / 2)."""
 
     theta: float
-    scaling: Llama3Scaling | None = None
+    scaling: Llama3Scaling | YarnScaling | LinearScaling | None = None
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MlaSpec:
+    """Multi-head latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434): what is cached is one latent and one rotated key.
+
+    query_rank: width of the compressed query, None if queries are projected at once. latent: width of the compressed keys and
+    values (kv_lora_rank). nope, rope: widths of a head's unrotated and rotated part. value: width of a head's value.
+    """
+
+    query_rank: int | None
+    latent: int
+    nope: int
+    rope: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class GateSpec:
+    """How a token's experts are chosen and weighed.
+
+    Scores are softmax or sigmoid of the router's logits in float32. Choice goes by score + bias (if `biased`), within the best
+    `top_groups` of `num_groups` equal runs of experts; a group counts by the sum of its two best ("top2") or its best ("max").
+    Weights are the chosen scores without bias, divided by their sum if `normalize`, times `scale`.
+    """
+
+    top_k: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    biased: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
 
 
 @dataclass(frozen=True, slots=True)
 class MoeSpec:
-    """The routed experts of a model. sparse_layers[i]: whether layer i has experts in the place of a dense MLP."""
+    """The routed experts of a model. sparse_layers[i]: whether layer i has experts in the place of a dense MLP.
+
+    intermediate: of one expert. shared_intermediate: of the MLP beside them that every token visits; 0: none.
+    """
 
     num_experts: int
-    top_k: int
     intermediate: int
-    normalize_top_k: bool
+    gate: GateSpec
     sparse_layers: tuple[bool, ...]
+    shared_intermediate: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A decoder-only transformer with grouped-query attention and gated MLPs.
+    """A decoder-only transformer with grouped-query or latent attention and gated MLPs.
 
-    model_type: "llama", "qwen2", "qwen3" or "qwen3_moe". hidden, intermediate, head_dim: widths. heads: query heads.
-    dtype: of weights, activations and KV cache, by its torch name.
+    model_type: a name of config_json.ARCHITECTURES. hidden, intermediate, head_dim: widths. heads: query heads.
+    dtype: of activations and KV cache, by its torch name; of weights too, unless they are quantized. quantization: "w8a8" (int8
+    weights per channel, int8 activations per token) or None. For latent attention kv_heads and head_dim describe what is
+    cached: one head of latent + rope.
     """
 
     model_type: str
@@ -88,179 +125,25 @@ class ModelSpec:
     max_position_embeddings: int
     dtype: str
     moe: MoeSpec | None = None
+    mla: MlaSpec | None = None
+    softmax_scale: float = 0.0
+    quantization: Literal["w8a8"] | None = None
 
     @property
     def dtype_bytes(self) -> int:
         """Bytes of one element."""
         return DTYPE_BYTES[self.dtype]
 
+    @property
+    def part_dims(self) -> tuple[int, ...]:
+        """Widths of what is cached per token and KV head: key and value, or latent beside rotated key as one."""
+        return (self.head_dim,) if self.mla else (self.head_dim, self.head_dim)
+
+    @property
+    def rope_dim(self) -> int:
+        """Width of the rotated part of a head."""
+        return self.mla.rope if self.mla else self.head_dim
+
     def sparse(self, layer: int) -> bool:
         """Whether this layer has experts."""
         return self.moe is not None and self.moe.sparse_layers[layer]
-
-
-def load_spec(model_dir: Path | str, dtype: str = "auto") -> ModelSpec:
-    """Read `model_dir`/config.json. dtype: "auto" takes the checkpoint's, else float32, bfloat16, float16 or an alias.
-
-    Raises ConfigError, naming what is missing or not supported.
-    """
-    return spec_from_config(read_config(model_dir), dtype)
-
-
-def read_config(model_dir: Path | str) -> dict[str, Any]:
-    """config.json as it stands. Raises ConfigError if there is none or it is not a JSON object."""
-    path = Path(model_dir) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: --model must be a checkpoint directory as transformers saves it") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds no JSON object")
-    return config
-
-
-def fingerprint(model_dir: Path | str) -> str:
-    """What tells one checkpoint from another, in hex: equal on all hosts that hold the same files, wherever they lie.
-
-    SHA-256 over configuration, tokenizer, and of every safetensors file its name, size, header and up to 16 windows of 1 MiB.
-    Raises ConfigError if the directory holds no configuration.
-    """
-    folder = Path(model_dir)
-    read_config(folder)
-    digest = hashlib.sha256()
-    for path in [folder / name for name in _TEXTS if (folder / name).is_file()]:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        for window in _windows(path):
-            digest.update(window)
-    return digest.hexdigest()
-
-
-def _windows(path: Path) -> Iterator[bytes]:
-    """The safetensors header (8 bytes of length, then JSON), then windows evenly spread from start to end; all of a small file."""
-    last = max(0, path.stat().st_size - _WINDOW_BYTES)
-    count = min(_WINDOWS, -(-last // _WINDOW_BYTES) + 1)
-    with path.open("rb") as file:
-        yield file.read(min(int.from_bytes(file.read(8), "little"), _MAX_HEADER_BYTES))
-        for window in range(count):
-            file.seek(window * last // max(1, count - 1))
-            yield file.read(_WINDOW_BYTES)
-
-
-def spec_from_config(config: Config, dtype: str = "auto") -> ModelSpec:
-    """The spec that a parsed config.json describes. Pure; raises ConfigError."""
-    model_type = _model_type(config)
-    _refuse_unsupported(config)
-    hidden, heads = _need_int(config, "hidden_size"), _need_int(config, "num_attention_heads")
-    bias = bool(config.get("attention_bias", False))
-    spec = ModelSpec(
-        model_type=model_type,
-        num_layers=_need_int(config, "num_hidden_layers"),
-        hidden=hidden,
-        intermediate=_need_int(config, "intermediate_size"),
-        heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads)),
-        vocab=_need_int(config, "vocab_size"),
-        rope=_rope(config),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=bias or model_type == "qwen2",
-        output_bias=bias and model_type != "qwen2",
-        mlp_bias=bool(config.get("mlp_bias", False)) and model_type == "llama",
-        qk_norm=model_type.startswith("qwen3"),
-        max_position_embeddings=int(config.get("max_position_embeddings", _MAX_POSITIONS.get(model_type, 32768))),
-        dtype=_dtype(config, dtype),
-        moe=_moe(config) if model_type == "qwen3_moe" else None,
-    )
-    if spec.heads % spec.kv_heads:
-        raise ConfigError(f"num_attention_heads={spec.heads} is no multiple of num_key_value_heads={spec.kv_heads}")
-    return spec
-
-
-def _model_type(config: Config) -> str:
-    names = config.get("architectures") or []
-    for name in names:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
-    found = ", ".join(names) or f"model_type {config.get('model_type')!r}"
-    raise ConfigError(f"architecture {found} is not supported; supported are {', '.join(ARCHITECTURES)}")
-
-
-def _refuse_unsupported(config: Config) -> None:
-    act = config.get("hidden_act", "silu")
-    if act != "silu":
-        raise ConfigError(f"hidden_act {act!r} is not supported; supported is silu")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
-        raise ConfigError(f"quantization_config (quant_method {method!r}) is not supported; use an unquantised checkpoint")
-    if config.get("use_sliding_window") and config.get("sliding_window") and _has_sliding_layer(config):
-        raise ConfigError(f"sliding_window={config['sliding_window']} with use_sliding_window is not supported: attention is full here")
-
-
-def _has_sliding_layer(config: Config) -> bool:
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        return any(kind != "full_attention" for kind in kinds)
-    return int(config.get("max_window_layers", 0)) < _need_int(config, "num_hidden_layers")
-
-
-def _rope(config: Config) -> RopeSpec:
-    """transformers 5 writes `rope_parameters` with the theta inside, older versions `rope_theta` and maybe `rope_scaling`."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in _ROPE_TYPES:
-        raise ConfigError(f"rope type {kind!r} is not supported; supported are {', '.join(_ROPE_TYPES)}")
-    partial = float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
-    if partial != 1.0:
-        raise ConfigError(f"partial_rotary_factor={partial} is not supported; the whole head is rotated")
-    return RopeSpec(theta, _llama3(rope, config) if kind == "llama3" else None)
-
-
-def _llama3(rope: Config, config: Config) -> Llama3Scaling:
-    original = rope.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    if original is None:
-        raise ConfigError("rope type llama3 needs original_max_position_embeddings in config.json")
-    low, high = _need_float(rope, "low_freq_factor"), _need_float(rope, "high_freq_factor")
-    return Llama3Scaling(_need_float(rope, "factor"), low, high, int(original))
-
-
-def _moe(config: Config) -> MoeSpec:
-    num_layers = _need_int(config, "num_hidden_layers")
-    num_experts = int(config.get("num_experts") or config.get("num_local_experts") or 128)
-    top_k = int(config.get("num_experts_per_tok", 8))
-    if not 0 < top_k <= num_experts:
-        raise ConfigError(f"num_experts_per_tok={top_k} must be between 1 and num_experts={num_experts}")
-    dense, step = config.get("mlp_only_layers") or [], int(config.get("decoder_sparse_step", 1))
-    return MoeSpec(
-        num_experts=num_experts,
-        top_k=top_k,
-        intermediate=int(config.get("moe_intermediate_size", 768)),
-        normalize_top_k=bool(config.get("norm_topk_prob", False)),
-        sparse_layers=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)),
-    )
-
-
-def _dtype(config: Config, asked: str) -> str:
-    name = asked
-    if asked == "auto":
-        name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    name = _DTYPE_ALIASES.get(name, name).removeprefix("torch.")
-    if name not in DTYPE_BYTES:
-        raise ConfigError(f"dtype {name!r} is not supported; supported are auto, {', '.join(DTYPE_BYTES)}")
-    return name
-
-
-def _need_int(config: Config, key: str) -> int:
-    return int(_need_float(config, key))
-
-
-def _need_float(config: Config, key: str) -> float:
-    value = config.get(key)
-    if not isinstance(value, int | float):
-        raise ConfigError(f"config.json needs a number for {key}, found {value!r}")
-    return value

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from baton.engine.devices import Matrix
 from baton.errors import ConfigError
 
 Progress = Callable[[int, int], None]
@@ -27,13 +28,20 @@ _SHOWN = 8  # names in an error message
 class Piece:
     """One read: `index` of the checkpoint's tensor `name` fills `target`, converted to its dtype. shape: of the whole tensor.
 
-    A tensor of which this rank holds nothing is named too, with an empty target: so a checkpoint is checked as a whole.
+    scales: [rows] where the target is int8 [rows, columns], filled with it. A tensor of which this rank holds nothing is named too,
+    with an empty target: so a checkpoint is checked as a whole.
     """
 
     name: str
     shape: tuple[int, ...]
     index: tuple[slice, ...]
     target: torch.Tensor
+    scales: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, int], index: tuple[slice, slice], target: Matrix) -> Piece:
+        """The piece that fills a matrix [rows, columns]."""
+        return cls(name, shape, index, target.values, target.scales)
 
 
 def checkpoint_files(model_dir: Path | str) -> dict[str, Path]:

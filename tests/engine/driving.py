@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from baton.engine.batch import Batch, Row, SampleRow
+from baton.engine.config_json import load_spec
 from baton.engine.kv_cache import KVCache, KVShape
-from baton.engine.parallel import Groups, Placement, Rendezvous
+from baton.engine.parallel import Groups, Rendezvous
+from baton.engine.placement import Placement
 from baton.engine.rank import Rank, set_threads
 from baton.engine.runner import Runner
-from baton.engine.spec import load_spec
 
 BLOCK_SIZE = 8
 NUM_BLOCKS = 64

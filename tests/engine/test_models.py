@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from baton.engine.parallel import Groups, Placement
+from baton.engine.parallel import Groups
+from baton.engine.placement import Placement
 from tests.engine.driving import NUM_BLOCKS, asks, lead, make_runner
 from tests.engine.golden import assert_equal, expected
 from tests.tiny_models import ARCHITECTURES, make_tiny

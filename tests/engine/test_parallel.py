@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.engine.parallel import Groups, Placement, Rendezvous
+from baton.engine.parallel import Groups, Rendezvous
+from baton.engine.placement import Placement
 from baton.errors import ConfigError, NodeLost
 from tests.engine.driving import Job, Tokens, asks, run_in_processes, run_in_threads
 from tests.engine.golden import assert_equal, expected

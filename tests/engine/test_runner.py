@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.engine.batch import Batch, Row, SampleRow
-from baton.engine.devices import LayerCache, open_device
+from baton.engine.config_json import load_spec
+from baton.engine.devices import LayerCache, Matrix, open_device
 from baton.engine.kv_cache import KVCache, KVShape
-from baton.engine.parallel import Groups, Placement
+from baton.engine.parallel import Groups
+from baton.engine.placement import Placement
 from baton.engine.rank import Rank
 from baton.engine.runner import Runner
-from baton.engine.spec import load_spec
+from baton.engine.spec import GateSpec
 
 Tiny = Callable[[str], Path]
 GREEDY = SampleRow(0, 0, 0.0, 0, 1.0, 0.0, 0)
@@ -55,7 +57,7 @@ def test_new_blocks_are_stamped_and_only_their_slots_written(tiny: Tiny) -> None
     runner, shape, buffer, generations = make(tiny("qwen2"))
     runner.step(Batch.build([Row([5, 6, 7, 8, 9, 10], 0, [4, 2])], new_blocks=[(4, 11), (2, 12)]))
     assert generations.tolist() == [0, 0, 12, 0, 11, 0]
-    view = np.frombuffer(buffer, np.float32).reshape(6, shape.num_layers, 2, shape.num_heads, shape.block_size, shape.head_dim)
+    view = np.frombuffer(buffer, np.float32).reshape(6, shape.num_layers, 2, shape.num_heads, shape.block_size, shape.part_dims[0])
     written = np.abs(view).sum(axis=(1, 2, 3, 5)) > 0
     assert written.tolist() == [[False] * 4, [False] * 4, [True, True, False, False], [False] * 4, [True] * 4, [False] * 4]
 
@@ -104,7 +106,7 @@ def test_attention_over_blocks_equals_plain_attention(case: tuple[int, list[tupl
     torch.manual_seed(seed)
     counts = [-(-sum(pair) // block_size) for pair in lens]
     free = torch.randperm(sum(counts) + 2).tolist()
-    cache = LayerCache(torch.full((len(free), 2, num_kv_heads, block_size, dim), torch.nan))
+    cache = LayerCache(torch.full((len(free), 2, num_kv_heads, block_size, dim), torch.nan).unbind(1))
     rows = [Row([0] * new, cached, [free.pop() for _ in range(count)]) for (cached, new), count in zip(lens, counts, strict=True)]
     kv = [torch.randn(2, sum(pair), num_kv_heads, dim) for pair in lens]
     queries = [torch.randn(new, num_heads, dim) for _, new in lens]
@@ -112,10 +114,10 @@ def test_attention_over_blocks_equals_plain_attention(case: tuple[int, list[tupl
     for row, of_sequence in zip(rows, kv, strict=True):
         if row.start:
             earlier = Batch.build([Row([0] * row.start, 0, row.block_ids)])
-            device.block_attention(earlier, cache).write(*of_sequence[:, : row.start], cache)
+            device.block_attention(earlier, cache).write(of_sequence[:, : row.start].unbind(), cache)
     attention = device.block_attention(step, cache)
-    attention.write(*torch.cat([pair[:, row.start :] for row, pair in zip(rows, kv, strict=True)], dim=1), cache)
-    got = attention.attend(torch.cat(queries), cache)
+    attention.write(torch.cat([pair[:, row.start :] for row, pair in zip(rows, kv, strict=True)], dim=1).unbind(), cache)
+    got = attention.attend(torch.cat(queries), cache, dim**-0.5)
     want = [plain_attention(q, *of_sequence) for q, of_sequence in zip(queries, kv, strict=True)]
     torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-5)
 
@@ -136,12 +138,14 @@ def test_experts_equal_a_loop_over_tokens(num_tokens: int, top_k: int, normalize
     torch.manual_seed(seed)
     device, x = open_device("cpu"), torch.randn(num_tokens, 8)
     gate_up, down = torch.randn(5, 12, 8), torch.randn(5, 8, 6)
-    weights, ids = device.route(torch.randn(num_tokens, 5), top_k, normalize)
+    weights, ids = device.route(torch.randn(num_tokens, 5), GateSpec(top_k, normalize=normalize))
     assert not normalize or torch.allclose(weights.sum(1), torch.ones(num_tokens))
     want = torch.zeros_like(x)
     for token, choice in np.ndindex(num_tokens, top_k):
         inner = device.silu_mul((gate_up[ids[token, choice]] @ x[token])[None])[0]
         want[token] += weights[token, choice] * (down[ids[token, choice]] @ inner)
-    torch.testing.assert_close(device.experts(x, weights, ids, gate_up, down), want, rtol=1e-4, atol=1e-4)
-    halves = [device.experts(x, weights, ids - start, gate_up[start:stop], down[start:stop]) for start, stop in ((0, 2), (2, 5))]
+    torch.testing.assert_close(device.experts(x, weights, ids, Matrix(gate_up), Matrix(down)), want, rtol=1e-4, atol=1e-4)
+    halves = [
+        device.experts(x, weights, ids - start, Matrix(gate_up[start:stop]), Matrix(down[start:stop])) for start, stop in ((0, 2), (2, 5))
+    ]
     torch.testing.assert_close(halves[0] + halves[1], want, rtol=1e-4, atol=1e-4)

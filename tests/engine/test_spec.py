@@ -11,8 +11,10 @@ import torch
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from baton.engine.layers import rotary_frequencies
-from baton.engine.spec import RopeSpec, fingerprint, load_spec, read_config, spec_from_config
+from baton.engine.config_json import load_spec, read_config, spec_from_config
+from baton.engine.fingerprint import fingerprint
+from baton.engine.rotary import rotary_frequencies
+from baton.engine.spec import RopeSpec
 from baton.errors import ConfigError
 from tests.tiny_models import ARCHITECTURES, LLAMA3_ROPE, tiny_config
 
@@ -33,7 +35,7 @@ def test_spec_says_what_transformers_says(arch: str, tiny: Tiny) -> None:
 def test_experts_sit_where_transformers_puts_them(tiny: Tiny) -> None:
     spec = load_spec(tiny("qwen3_moe"))
     assert spec.moe is not None
-    assert (spec.moe.num_experts, spec.moe.top_k, spec.moe.intermediate, spec.moe.normalize_top_k) == (8, 3, 32, True)
+    assert (spec.moe.num_experts, spec.moe.gate.top_k, spec.moe.intermediate, spec.moe.gate.normalize) == (8, 3, 32, True)
     assert spec.moe.sparse_layers == (True, False, True)
     assert [spec.sparse(layer) for layer in range(3)] == [True, False, True]
     every_other = spec_from_config(edited("qwen3_moe", mlp_only_layers=[], decoder_sparse_step=2))

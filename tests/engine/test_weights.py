@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from baton.engine import weights
+from baton.engine.config_json import load_spec
 from baton.engine.devices import open_device
-from baton.engine.layers import Decoder, Setting
+from baton.engine.layers import Decoder
 from baton.engine.models import build_model
-from baton.engine.parallel import Groups, Placement
-from baton.engine.spec import load_spec
+from baton.engine.parallel import Groups
+from baton.engine.placement import Placement
+from baton.engine.setting import Setting
 from baton.engine.weights import Piece, checkpoint_files
 from baton.errors import ConfigError
 from tests.tiny_models import ARCHITECTURES, make_tiny

@@ -16,40 +16,64 @@ from numpy.typing import NDArray
 from torch.distributed.distributed_c10d import Store
 
 from baton.engine.batch import Batch
+from baton.engine.spec import GateSpec
 from baton.errors import ConfigError
 
 DEVICES = ("cpu",)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Matrix:
+    """Weights of a linear map, [..., out, in].
+
+    values: in the model's dtype, or int8. scales: [..., out] float32 where values are int8, whose meaning then is values * scales;
+    None otherwise. Indexing the leading axes (an expert, a run of rows) indexes both.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+
+    def __getitem__(self, index: int | slice) -> Matrix:
+        return Matrix(self.values[index], None if self.scales is None else self.scales[index])
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerCache:
-    """One layer of the cache. kv: [num_blocks, 2, num_kv_heads, block_size, head_dim], a view of the node's buffer."""
+    """One layer of the cache: views of the node's buffer, one per part, [num_blocks, num_kv_heads, block_size, part_dim].
 
-    kv: torch.Tensor
+    Keys and values for grouped-query attention; for latent attention what the device keeps (one part of latent + rope on cpu).
+    """
 
-    @property
-    def keys(self) -> torch.Tensor:
-        """[num_blocks, num_kv_heads, block_size, head_dim]"""
-        return self.kv[:, 0]
-
-    @property
-    def values(self) -> torch.Tensor:
-        """[num_blocks, num_kv_heads, block_size, head_dim]"""
-        return self.kv[:, 1]
+    parts: tuple[torch.Tensor, ...]
 
 
 class BlockAttention(Protocol):
     """Attention of one step over blocks: prefill chunks and decode rows in one call. Made once per step, used by every layer."""
 
-    def write(self, keys: torch.Tensor, values: torch.Tensor, cache: LayerCache) -> None:
-        """Store the step's keys and values, each [T, num_kv_heads, D], into their slots."""
+    def write(self, parts: Sequence[torch.Tensor], cache: LayerCache) -> None:
+        """Store what the step adds, each part [T, num_kv_heads, part_dim], into its slots."""
         ...
 
-    def attend(self, queries: torch.Tensor, cache: LayerCache) -> torch.Tensor:
+    def attend(self, queries: torch.Tensor, cache: LayerCache, scale: float) -> torch.Tensor:
         """Causal attention of queries [T, num_heads, D] over everything their sequences have in the cache -> [T, num_heads * D].
 
-        The step's own keys and values must have been written. Scores are scaled by D ** -0.5; query head h reads KV head
+        The step's own keys and values must have been written. Scores are multiplied by scale; query head h reads KV head
         h // (num_heads / num_kv_heads).
+        """
+        ...
+
+    def attend_latent(
+        self, queries: torch.Tensor, key_up: torch.Tensor, value_up: torch.Tensor, cache: LayerCache, scale: float
+    ) -> torch.Tensor:
+        """Causal latent attention of queries [T, num_heads, nope + rope] -> [T, num_heads * value].
+
+        The cache holds per token [latent | rotated key of rope]. A head's key is [key_up[h] @ latent | rotated key], its value
+        value_up[h] @ latent; key_up: [num_heads, nope, latent], value_up: [num_heads, value, latent]. The device chooses, sequence
+        by sequence, whether to expand cached latents (long chunks) or to absorb key_up into the query and value_up into the result
+        (decode): https://arxiv.org/abs/2405.04434, section 2.1.2.
         """
         ...
 
@@ -99,7 +123,7 @@ class Device(Protocol):
         ...
 
     def empty(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
-        """Uninitialised memory; dtype by its torch name."""
+        """Uninitialised memory; dtype by its torch name: the model's, int8 or float32."""
         ...
 
     def tensor(self, array: NDArray[np.generic]) -> torch.Tensor:
@@ -118,8 +142,11 @@ class Device(Protocol):
         """Rows of table [n, H] for ids [T] in first_id … first_id + n - 1, zeros for other ids -> [T, H]."""
         ...
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [N, in] @ weight [out, in] transposed (+ bias [out]) -> [N, out]."""
+    def linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [N, in] @ weight [out, in] transposed (+ bias [out]) -> [N, out], in x's dtype.
+
+        For int8 weights x is quantized per row to int8, symmetrically (scale = max |x| / 127), products add up in int32.
+        """
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -134,14 +161,14 @@ class Device(Protocol):
         """silu(gate) * up, for [N, 2 * width] holding gate beside up -> [N, width]."""
         ...
 
-    def route(self, logits: torch.Tensor, top_k: int, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The top_k experts by softmax of logits [T, num_experts], in float32 -> weights [T, top_k] in logits' dtype, ids int64.
+    def route(self, logits: torch.Tensor, gate: GateSpec, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts of each token by `gate` from logits [T, num_experts] -> weights [T, top_k] float32, ids [T, top_k] int64.
 
-        normalize: weights of a token sum to one.
+        bias: [num_experts] float32, added to scores for the choice alone; there if gate.biased.
         """
         ...
 
-    def experts(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    def experts(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: Matrix, down: Matrix) -> torch.Tensor:
         """Weighted sum of gated MLPs: x [N, H], weights and ids [N, top_k], gate_up [E, 2 * width, H], down [E, H, width] -> [N, H].
 
         Ids outside 0 … E - 1 belong to other ranks and add nothing. Tokens add up in order of expert id, as in transformers.

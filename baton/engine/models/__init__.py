@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from baton.engine.layers import Decoder, Setting
+from baton.engine.layers import Decoder
 from baton.engine.models.llama import llama
 from baton.engine.models.qwen2 import qwen2
 from baton.engine.models.qwen3 import qwen3
 from baton.engine.models.qwen3_moe import qwen3_moe
+from baton.engine.setting import Setting
 
 _BUILDERS = (llama, qwen2, qwen3, qwen3_moe)
 

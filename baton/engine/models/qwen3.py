@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from baton.engine.layers import Block, Decoder, Mlp, Setting
+from baton.engine.layers import Block, Decoder, Mlp
+from baton.engine.setting import Setting
 
 
 def qwen3(setting: Setting) -> Decoder:

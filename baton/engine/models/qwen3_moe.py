@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from baton.engine.layers import Block, Decoder, Mlp, Setting
+from baton.engine.layers import Block, Decoder, Mlp
 from baton.engine.moe import Moe
+from baton.engine.setting import Setting
 
 
 def qwen3_moe(setting: Setting) -> Decoder:

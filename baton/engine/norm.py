@@ -1,0 +1,25 @@
+"""Normalisation. Knows the device seam."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from baton.engine.setting import Setting
+from baton.engine.weights import Piece
+
+
+class RMSNorm:
+    """Root-mean-square norm over the last axis, replicated."""
+
+    def __init__(self, setting: Setting, width: int) -> None:
+        self._device, self._eps = setting.device, setting.spec.norm_eps
+        self.weight = setting.empty(width)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._device.rms_norm(x, self.weight, self._eps)
+
+    def pieces(self, name: str) -> Iterator[Piece]:
+        """`name`.weight, all of it."""
+        yield Piece(f"{name}.weight", tuple(self.weight.shape), (slice(None),), self.weight)
