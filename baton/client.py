@@ -136,6 +136,15 @@ class Client:
             raise to_error(error) from error
         return bool(reply.idle)
 
+    async def flush_cache(self, node: str = "") -> int:
+        """Forget cached prefixes that no sequence uses, on a node or ("") on all; how many blocks are free now that were not."""
+        request = admin_pb2.FlushCacheRequest(node=node)
+        try:
+            reply = await self._admin.FlushCache(request, timeout=ADMIN_TIMEOUT_S, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise to_error(error) from error
+        return int(reply.blocks)
+
 
 class SyncClient:
     """The same for blocking callers; may be shared by threads. Close it, or use it as `with`."""
@@ -193,6 +202,14 @@ class SyncClient:
         request = admin_pb2.DrainRequest(node=node, timeout_s=timeout_s)
         try:
             return bool(self._admin.Drain(request, timeout=timeout_s + ADMIN_TIMEOUT_S, metadata=self._metadata).idle)
+        except grpc.RpcError as error:
+            raise to_error(error) from error
+
+    def flush_cache(self, node: str = "") -> int:
+        """Forget cached prefixes that no sequence uses, on a node or ("") on all; how many blocks are free now that were not."""
+        request = admin_pb2.FlushCacheRequest(node=node)
+        try:
+            return int(self._admin.FlushCache(request, timeout=ADMIN_TIMEOUT_S, metadata=self._metadata).blocks)
         except grpc.RpcError as error:
             raise to_error(error) from error
 

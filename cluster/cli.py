@@ -68,6 +68,10 @@ def parser() -> argparse.ArgumentParser:
     _add_serve(commands, shared)
     _add_deployment(commands, shared)
     _add_talk(commands, shared)
+    fingerprint = commands.add_parser("fingerprint", parents=[shared], help="print the number by which nodes compare their checkpoints")
+    fingerprint.add_argument("model", metavar="MODEL", help="checkpoint directory as transformers saves it")
+    fingerprint.add_argument("--full", action="store_true", help="read every byte of the weights instead of samples; another number")
+    fingerprint.set_defaults(run=_fingerprint)
     config = commands.add_parser("config", parents=[shared], help="print every setting with its default and meaning, as YAML")
     config.set_defaults(run=_config)
     return top
@@ -126,6 +130,11 @@ def _add_talk(commands: Any, shared: argparse.ArgumentParser) -> None:
     generate = commands.add_parser("generate", parents=[client], help="continue a text over gRPC, streaming to standard output")
     generate.add_argument("prompt", help="text to continue; - reads standard input")
     generate.set_defaults(run=_generate)
+    flush = commands.add_parser("flush-cache", parents=[shared], help="forget cached prefixes that no sequence uses, on a running cluster")
+    flush.add_argument("node", nargs="?", default="", help="say, prefill-0; default: all nodes")
+    flush.add_argument("--address", default=_GRPC_ADDRESS, metavar="HOST:PORT", help=f"gRPC address (default {_GRPC_ADDRESS})")
+    flush.add_argument("--api-key", metavar="KEY", help="key to present")
+    flush.set_defaults(run=_flush_cache)
     chat = commands.add_parser("chat", parents=[client], help="chat with a running cluster over gRPC")
     chat.add_argument("--system", metavar="TEXT", help="system message")
     chat.set_defaults(run=_chat)
@@ -170,6 +179,18 @@ def _chat(arguments: argparse.Namespace) -> int:
     from cluster.talk import chat
 
     return chat(arguments.address, arguments.api_key, arguments.system, _sampling(arguments))
+
+
+def _flush_cache(arguments: argparse.Namespace) -> int:
+    from cluster.talk import flush_cache
+
+    return flush_cache(arguments.address, arguments.api_key, arguments.node)
+
+
+def _fingerprint(arguments: argparse.Namespace) -> int:
+    from cluster.fingerprint import print_fingerprint
+
+    return print_fingerprint(arguments.model, full=arguments.full)
 
 
 def _config(arguments: argparse.Namespace) -> int:

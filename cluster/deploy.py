@@ -18,7 +18,7 @@ from rich.table import Table
 from baton.config import BatonConfig
 from baton.errors import ConfigError, NotFound
 from cluster.local import connect, connect_environment
-from cluster.machine import with_absolute_model
+from cluster.machine import check_before_connecting
 from cluster.plan import FRONT
 from cluster.serve import first_signal_interrupts, ready_line, warn_unapplied
 
@@ -26,14 +26,18 @@ _NAMESPACE = "baton-"
 
 
 def up(config: BatonConfig, name: str, *, show_logs: bool = False) -> int:
-    """Launch a detached cluster; prints one line with its addresses. Raises ConfigError if `name` is taken, else as Cluster.up does."""
+    """Launch a detached cluster; prints one line with its addresses.
+
+    Raises ConfigError for what cannot work, before Ray is asked, and if `name` is taken, else as Cluster.up does.
+    """
+    config = check_before_connecting(config)
     with first_signal_interrupts(), _connected(config.ray.address, name, show_logs=show_logs):
         if _actor_names(name) or _groups():
             raise ConfigError(
                 f"a cluster named {name!r} is already up; take it down with `baton down --name {name}`, or choose another name"
             )
         warn_unapplied(config, Console(stderr=True))
-        print(ready_line(asyncio.run(_launch(with_absolute_model(config)))), flush=True)
+        print(ready_line(asyncio.run(_launch(config))), flush=True)
     return 0
 
 

@@ -21,7 +21,7 @@ import psutil
 from baton.config import BatonConfig
 from baton.errors import BatonError, DeadlineExceeded, InternalError, Unavailable
 from cluster.local import connect_environment, environment, import_environment, make_home, remove_home
-from cluster.machine import check_before_start, with_absolute_model
+from cluster.machine import check_before_connecting, check_before_start
 from cluster.messages import EVENT, ClusterInfo, Event, Failed, Launch, Lost, Progress, Question, Ready, Reply, Stage
 from ranks.facts import RankCounts
 
@@ -46,7 +46,7 @@ class KeptCluster:
 
     def __init__(self, config: BatonConfig, *, show_logs: bool = False) -> None:
         self._private = not config.ray.address
-        self._config = check_before_start(config) if self._private else with_absolute_model(config)
+        self._config = check_before_start(config) if self._private else check_before_connecting(config)
         self._show_logs = show_logs
         self._home = make_home()
         self._process: subprocess.Popen[str] | None = None

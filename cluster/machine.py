@@ -16,11 +16,13 @@ from pathlib import Path
 import psutil
 
 from baton.config import BatonConfig
+from baton.engine.config_json import load_spec
+from baton.engine.spec import ModelSpec
 from baton.errors import ConfigError
-from cluster.plan import Checkpoint, refuse_overcommit
+from cluster.plan import Checkpoint, refuse_overcommit, refuse_unfit
 
 _CGROUP = Path("/sys/fs/cgroup")
-_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_TABLES = ("embed_tokens.weight", "lm_head.weight")
 _MAX_HEADER_BYTES = 100 * 2**20
 
 
@@ -45,12 +47,26 @@ def available_memory_bytes() -> int:
 def check_before_start(config: BatonConfig) -> BatonConfig:
     """Refuse, before any process starts, what cannot work on this machine; returns the configuration with the model's absolute path.
 
-    Raises ConfigError: model directory, memory, or a port that is taken.
+    Raises ConfigError: model directory, what config.json asks for, a layout it cannot be cut to, memory, or a port that is taken.
     """
     checkpoint = read_checkpoint(Path(config.model))
-    refuse_overcommit(config, checkpoint, available_memory_bytes())
+    refuse_overcommit(config, checkpoint, checked_spec(config), available_memory_bytes())
     check_ports(config)
     return with_absolute_model(config)
+
+
+def check_before_connecting(config: BatonConfig) -> BatonConfig:
+    """As check_before_start, for a Ray cluster of other machines: only what config.json and the layout say, if the model lies here too."""
+    if (Path(config.model) / "config.json").is_file():
+        checked_spec(config)
+    return with_absolute_model(config)
+
+
+def checked_spec(config: BatonConfig) -> ModelSpec:
+    """What the model is. Raises ConfigError if Baton cannot run it, or not on nodes of this shape."""
+    spec = load_spec(config.model, config.dtype, config.quantization)
+    refuse_unfit(config, spec)
+    return spec
 
 
 def with_absolute_model(config: BatonConfig) -> BatonConfig:
@@ -79,30 +95,26 @@ def read_checkpoint(model: Path) -> Checkpoint:
     if not files:
         raise ConfigError(f"{model} holds no *.safetensors file; save the model with safe_serialization=True")
     tensors = [tensor for file in files for tensor in _tensors(file)]
-    total = sum(num_params for _, num_params, _ in tensors)
-    experts = sum(num_params for name, num_params, _ in tensors if ".experts." in name)
-    return Checkpoint(total, experts, _largest_dtype(tensors))
+    return Checkpoint(
+        num_params=sum(num_params for _, num_params in tensors),
+        num_expert_params=sum(num_params for name, num_params in tensors if ".experts." in name),
+        num_table_params=sum(num_params for name, num_params in tensors if name.endswith(_TABLES)),
+    )
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, int, str]]:
+def _tensors(file: Path) -> Iterator[tuple[str, int]]:
     # Format: https://huggingface.co/docs/safetensors/index#format (u64 little endian header length, then JSON).
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(min(length, _MAX_HEADER_BYTES)))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} is not a readable safetensors file: {error}") from error
     for name, tensor in header.items():
         if name != "__metadata__":
-            yield name, math.prod(tensor["shape"]), _SAFETENSORS_DTYPES.get(tensor["dtype"], tensor["dtype"])
-
-
-def _largest_dtype(tensors: list[tuple[str, int, str]]) -> str:
-    """The dtype most parameters are saved in."""
-    params: dict[str, int] = {}
-    for _, num_params, dtype in tensors:
-        params[dtype] = params.get(dtype, 0) + num_params
-    return max(params, key=lambda dtype: params[dtype], default="float32")
+            yield name, math.prod(tensor["shape"])
 
 
 def _check_port(host: str, name: str, port: int) -> None:

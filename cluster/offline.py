@@ -73,6 +73,10 @@ class Engine:
         """Groups and pairs as the router sees them."""
         return self._cluster.status()
 
+    def flush_cache(self, node: str = "") -> int:
+        """Forget cached prefixes that no sequence uses, on a node ("prefill-0") or ("") on all; blocks that are free now and were not."""
+        return self._run(self._client.flush_cache(node))
+
     def counts(self) -> list[RankCounts]:
         """What every rank holds now."""
         return self._cluster.counts()

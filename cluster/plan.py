@@ -1,6 +1,7 @@
 """Where ranks go and what each may use, decided from plain values.
 
-Knows: the configuration, what hosts offer, how large a checkpoint is. Does not know: Ray, sockets, the machine it runs on.
+Knows: the configuration, what hosts offer, how large a checkpoint is, how a model is shared out. Does not know: Ray, sockets, the
+machine it runs on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from baton.config import BatonConfig, RankPlan
+from baton.engine.fits import block_bytes, check_node, place
+from baton.engine.spec import ModelSpec
 from baton.errors import ConfigError
+from ranks.capacity import capacity
 
 RANK_RESOURCE = "baton_rank"
 FRONT = "router"  # the name of the router's actor
@@ -19,7 +23,6 @@ FRONT = "router"  # the name of the router's actor
 # activations; 410 MiB for router, keeper and the seven processes of Ray.
 RANK_PROCESS_BYTES = 320 * 2**20
 SERVICE_PROCESSES_BYTES = 500 * 2**20
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Role = Literal["prefill", "decode"]
 
@@ -55,11 +58,11 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """How many parameters a checkpoint holds, those of experts counted apart, and the dtype they were saved in."""
+    """How many parameters a checkpoint holds; of these, those of experts and those that are never quantized (tables of the vocabulary)."""
 
     num_params: int
-    num_expert_params: int
-    dtype: str
+    num_expert_params: int = 0
+    num_table_params: int = 0
 
 
 def asks(config: BatonConfig) -> list[NodeAsk]:
@@ -122,27 +125,48 @@ def carries(host: Host, labels: Mapping[str, str]) -> bool:
     return all(host.labels.get(key) == value for key, value in labels.items())
 
 
-def weight_bytes_per_rank(config: BatonConfig, checkpoint: Checkpoint, role: Role) -> int:
-    """Upper estimate of one rank's weights: experts are cut over all ranks of a node, everything else over its tp ranks only."""
-    dtype = checkpoint.dtype if config.dtype == "auto" else config.dtype
+def refuse_unfit(config: BatonConfig, spec: ModelSpec) -> None:
+    """Raise ConfigError, with the numbers, if some rank could not have its share of the model or hold one longest sequence.
+
+    The ranks find the same when they load; this says it before they exist.
+    """
+    check_node(spec, "prefill", config.prefill.tp, moe=config.prefill.moe)
+    check_node(spec, "decode", config.decode.tp, config.decode.dp)
+    for placement in (place(spec, "prefill", 0, config.prefill.tp), place(spec, "decode", 0, config.decode.tp, config.decode.dp)):
+        capacity(
+            kv_memory=config.kv_memory,
+            block_bytes=block_bytes(spec, placement, config.block_size),
+            block_size=config.block_size,
+            max_model_len=config.max_model_len,
+            max_positions=spec.max_position_embeddings,
+        )
+
+
+def weight_bytes_per_rank(config: BatonConfig, checkpoint: Checkpoint, spec: ModelSpec, role: Role) -> int:
+    """Estimate of one rank's weights: experts are cut over all ranks of a node, everything else over its tp ranks only.
+
+    Quantized weights take a byte each; what the projections of latent attention need beside them is left out.
+    """
     tp = config.prefill.tp if role == "prefill" else config.decode.tp
     num_ranks = tp if role == "prefill" else config.decode.dp * config.decode.tp
-    dense = checkpoint.num_params - checkpoint.num_expert_params
-    return DTYPE_BYTES.get(dtype, 4) * (-(-dense // tp) + -(-checkpoint.num_expert_params // num_ranks))
+    dense = checkpoint.num_params - checkpoint.num_expert_params - checkpoint.num_table_params
+    weight_bytes = 1 if spec.quantization else spec.dtype_bytes
+    tables = spec.dtype_bytes * -(-checkpoint.num_table_params // tp)
+    return tables + weight_bytes * (-(-dense // tp) + -(-checkpoint.num_expert_params // num_ranks))
 
 
-def memory_needed(config: BatonConfig, checkpoint: Checkpoint) -> int:
+def memory_needed(config: BatonConfig, checkpoint: Checkpoint, spec: ModelSpec) -> int:
     """Bytes that a whole cluster on one host will hold: KV buffers, weights, and the processes themselves."""
-    ranks = sum(ask.num_ranks * (config.kv_memory + weight_bytes_per_rank(config, checkpoint, ask.role)) for ask in asks(config))
+    ranks = sum(ask.num_ranks * (config.kv_memory + weight_bytes_per_rank(config, checkpoint, spec, ask.role)) for ask in asks(config))
     return ranks + config.num_ranks * RANK_PROCESS_BYTES + SERVICE_PROCESSES_BYTES
 
 
-def refuse_overcommit(config: BatonConfig, checkpoint: Checkpoint, available_bytes: int) -> None:
+def refuse_overcommit(config: BatonConfig, checkpoint: Checkpoint, spec: ModelSpec, available_bytes: int) -> None:
     """Raise ConfigError, with the numbers, if one host cannot hold the whole cluster."""
-    need = memory_needed(config, checkpoint)
+    need = memory_needed(config, checkpoint, spec)
     if need <= available_bytes:
         return
-    weights = sum(ask.num_ranks * weight_bytes_per_rank(config, checkpoint, ask.role) for ask in asks(config))
+    weights = sum(ask.num_ranks * weight_bytes_per_rank(config, checkpoint, spec, ask.role) for ask in asks(config))
     raise ConfigError(
         f"this host has {gib(available_bytes)} of memory available and the cluster needs {gib(need)}: "
         f"{config.num_ranks} ranks x {gib(config.kv_memory)} KV cache, {gib(weights)} weights in all, "

@@ -88,6 +88,14 @@ def _usage_line(usage: Usage) -> str:
     return f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), {usage.completion_tokens} generated"
 
 
+def flush_cache(address: str, api_key: str | None, node: str) -> int:
+    """Have a node ("": all) forget cached prefixes that no sequence uses, and print how many blocks that freed."""
+    with SyncClient(address, api_key=api_key) as client:
+        blocks = client.flush_cache(node)
+    print(f"{blocks} cached blocks are free now")
+    return 0
+
+
 def print_status(address: str, api_key: str | None) -> int:
     """Print what the router of a running cluster says about its groups and pairs."""
     with SyncClient(address, api_key=api_key) as client:

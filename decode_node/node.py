@@ -33,8 +33,7 @@ class DecodeNode:
             host.pool.data,
             host.layout,
             transport=plan.config.transfer.transport,
-            target_index=plan.rank,
-            num_targets=plan.num_ranks,
+            earlier=host.layouts[: plan.rank],
         )
         host.on_close(reader.close)
         self._reader = RankReader(reader)

@@ -43,6 +43,8 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
                 self._decode(session, command.decode)
             case "cancel":
                 self._leader.desk.cancel(command.cancel.request_id, command.cancel.attempt, command.cancel.reason)
+            case "flush":
+                session.flushed(command.flush.number, self._leader.pool.drop_cache())
 
     def _decode(self, session: Session, message: node_pb2.DecodeRequest) -> None:
         sequence = message.sequence

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -22,41 +23,90 @@ from kv_transfer.transport import NONCE_BYTES, Export
 
 OpenChannel = Callable[[str], grpc.aio.Channel]
 PullCall = grpc.aio.StreamStreamCall[transfer_pb2.PullRequest, transfer_pb2.PullReply]
+MAX_CHANNELS = 64
+
+
+def surplus(open_pulls: Mapping[str, int], most: int) -> tuple[str, ...]:
+    """The addresses to hang up on so that `most` remain: those without a Pull, least recently used first; fewer if too few are idle.
+
+    open_pulls: number of open Pulls by address, least recently used first. Pure.
+    """
+    idle = [address for address, num_pulls in open_pulls.items() if not num_pulls]
+    return tuple(idle[: max(0, len(open_pulls) - most)])
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """A channel to one address and the Pulls that use it."""
+
+    address: str
+    channel: grpc.aio.Channel
+    open_pulls: int = 0
+
+
+class Lines:
+    """One line per address; a node that comes back has another, and nobody says that the old one is dead.
+
+    So at most `most` are kept, apart from those in use. A line is closed when a Pull ends and too many are left, or by `close`.
+    """
+
+    def __init__(self, open_channel: OpenChannel, most: int) -> None:
+        self._open_channel = open_channel
+        self._most = most
+        self._lines: dict[str, _Line] = {}  # least recently used first
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def take(self, address: str) -> _Line:
+        """The line to an address, for one more Pull, which gives it back."""
+        line = self._lines.pop(address, None) or _Line(address, self._open_channel(address))
+        self._lines[address] = line
+        line.open_pulls += 1
+        return line
+
+    async def give_back(self, line: _Line) -> None:
+        """One Pull has ended."""
+        line.open_pulls -= 1
+        for address in surplus({address: known.open_pulls for address, known in self._lines.items()}, self._most):
+            await self._lines.pop(address).channel.close(None)
+
+    async def close(self) -> None:
+        """Close all; Pulls end with NodeLost."""
+        lines, self._lines = self._lines, {}
+        for line in lines.values():
+            await line.channel.close(None)
 
 
 class PullClient:
     """Opens Pulls at prefill leaders over one channel per address. One event loop owns it; ended by `close`.
 
     handshake_s: within it a peer must answer a Pull or a release, or it counts as lost. open_channel: how (TLS) to connect.
+    max_channels: how many are kept while no Pull uses them.
     """
 
-    def __init__(self, *, handshake_s: float = 5.0, open_channel: OpenChannel = rpc.open_channel) -> None:
+    def __init__(self, *, handshake_s: float = 5.0, open_channel: OpenChannel = rpc.open_channel, max_channels: int = MAX_CHANNELS) -> None:
         self._handshake_s = handshake_s
-        self._open_channel = open_channel
-        self._channels: dict[str, grpc.aio.Channel] = {}  # an entry goes by forget or close
+        self._lines = Lines(open_channel, max_channels)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels kept or in use."""
+        return len(self._lines)
 
     def pull(self, address: str, incarnation: bytes, number: int, attempt: int, have_blocks: int, deadline: Deadline) -> Pull:
         """A Pull of lease (incarnation, number), not yet open: `async with` opens it. `have_blocks` leading blocks are not announced."""
-        if address not in self._channels:
-            self._channels[address] = self._open_channel(address)
         opening = transfer_pb2.PullOpen(
             lease=node_pb2.LeaseId(prefill_incarnation=incarnation, number=number),
             attempt=attempt,
             have_blocks=have_blocks,
             protocol_version=PROTOCOL_VERSION,
         )
-        return Pull(self._channels[address], address, opening, self._handshake_s, deadline)
-
-    async def forget(self, address: str) -> None:
-        """Close the channel to a node that is gone; its Pulls end with NodeLost."""
-        channel = self._channels.pop(address, None)
-        if channel is not None:
-            await channel.close(None)
+        return Pull(self._lines, address, opening, self._handshake_s, deadline)
 
     async def close(self) -> None:
-        """Close all channels."""
-        for address in tuple(self._channels):
-            await self.forget(address)
+        """Close all channels; Pulls under way end with NodeLost."""
+        await self._lines.close()
 
 
 class Pull:
@@ -64,32 +114,37 @@ class Pull:
 
     Leaving the `async with` closes the stream, and that tells the source that no read of this attempt is under way any more: leave
     only when all tickets are quiesced. Without `release` the lease stays, for another attempt.
-    Every method raises LeaseLost (revoked, expired, fenced, failed), NodeLost, or DeadlineExceeded; after that only leaving is left.
+    Every method raises LeaseLost (revoked, expired, fenced, failed), NodeLost, Incompatible, or DeadlineExceeded; after that only
+    leaving is left.
     """
 
-    def __init__(
-        self, channel: grpc.aio.Channel, address: str, opening: transfer_pb2.PullOpen, handshake_s: float, deadline: Deadline
-    ) -> None:
-        self._stub = transfer_pb2_grpc.TransferStub(channel)
+    def __init__(self, lines: Lines, address: str, opening: transfer_pb2.PullOpen, handshake_s: float, deadline: Deadline) -> None:
+        self._lines = lines
         self._address = address
         self._opening = opening
         self._handshake_s = handshake_s
         self._deadline = deadline
+        self._line: _Line | None = None
         self._call: PullCall | None = None
         self._complete = False
 
     async def __aenter__(self) -> Self:
-        self._call = self._stub.Pull()
+        self._line = self._lines.take(self._address)
+        self._call = transfer_pb2_grpc.TransferStub(self._line.channel).Pull()
         try:
             await self._ask(transfer_pb2.PullRequest(open=self._opening), "queued")
         except BaseException:
-            self._call.cancel()
+            await self._leave()
             raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._call is not None
+        await self._leave()
+
+    async def _leave(self) -> None:
+        assert self._call is not None and self._line is not None
         self._call.cancel()
+        await self._lines.give_back(self._line)
 
     def __aiter__(self) -> Self:
         return self
@@ -139,7 +194,7 @@ class Pull:
         if not isinstance(reply, transfer_pb2.PullReply):
             raise NodeLost(f"{self._address} has closed the Pull", stage="pull", node=self._address)
         if reply.WhichOneof("reply") == "error":
-            raise _lease_lost(reply.error)
+            raise _refused(reply.error)
         return reply
 
     def _lost(self, error: grpc.RpcError) -> BatonError:
@@ -151,9 +206,13 @@ class Pull:
         return Incompatible(f"{self._address} answers a Pull with {reply.WhichOneof('reply')}", stage="pull", node=self._address)
 
 
-def _lease_lost(detail: inference_pb2.ErrorDetail) -> LeaseLost:
-    """Whatever ended the lease there, here the blocks are gone and another attempt makes sense; prefill tells the router the rest."""
-    return LeaseLost(detail.message, stage=detail.stage, node=detail.node, cause=detail.cause)
+def _refused(detail: inference_pb2.ErrorDetail) -> BatonError:
+    """Whatever ended the lease there, here the blocks are gone and another attempt makes sense; prefill tells the router the rest.
+
+    Peers that do not understand each other are no better off with another lease.
+    """
+    kind = Incompatible if detail.cause == Incompatible.default_cause else LeaseLost
+    return kind(detail.message, stage=detail.stage, node=detail.node, cause=detail.cause)
 
 
 def layout_of(message: node_pb2.KVLayout) -> KVLayout:
@@ -164,10 +223,9 @@ def layout_of(message: node_pb2.KVLayout) -> KVLayout:
         block_size=message.block_size,
         layer_start=message.layer_start,
         num_layers=message.num_layers,
-        num_parts=message.num_parts,
+        part_dims=tuple(message.part_dims),
         head_start=message.head_start,
         num_heads=message.num_heads,
-        head_dim=message.head_dim,
         dtype=message.dtype,
         model_num_layers=message.model_num_layers,
         model_num_kv_heads=message.model_num_kv_heads,

@@ -11,15 +11,19 @@ from baton.errors import Incompatible
 AXES = ("block", "layer", "part", "head", "slot", "dim")
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What source and target must have in common. The rest (block counts, layers, heads) is what resharding is for.
-SHARED = ("axes", "block_size", "num_parts", "head_dim", "dtype", "model_num_layers", "model_num_kv_heads")
+SHARED = ("axes", "block_size", "part_dims", "dtype", "model_num_layers", "model_num_kv_heads")
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """One rank's part of a KV cache: a dense array over `axes`, outermost first.
+    """One rank's share of a KV cache: dense over `axes`, outermost first, without gaps.
 
     axes: a permutation of AXES that ends in ("slot", "dim"). block_size: token slots of a block. layer_start, num_layers and
-    head_start, num_heads: the model's layers and KV heads held by this rank. num_parts: 2 for K and V.
+    head_start, num_heads: the model's layers and KV heads held by this rank. part_dims: elements per token and head of each part:
+    (128, 128) for K and V; (576,) for one latent with its rotary key (MLA), (512, 64) where a device keeps the two apart. A latent
+    counts as one head, which every rank of a tensor-parallel group holds.
+    Parts may differ in width: an index of "part" then takes as much room as its part needs, so that strides of axes within "part"
+    depend on the part, and those outside span all parts.
     Raises Incompatible where the values describe nothing that can exist, since they come from peers.
     """
 
@@ -28,10 +32,9 @@ class KVLayout:
     block_size: int
     layer_start: int
     num_layers: int
-    num_parts: int
+    part_dims: tuple[int, ...]
     head_start: int
     num_heads: int
-    head_dim: int
     dtype: str
     model_num_layers: int
     model_num_kv_heads: int
@@ -46,7 +49,9 @@ class KVLayout:
             return "axes must be block, layer, part, head in any order, then slot, dim"
         if self.dtype not in ITEMSIZES:
             return f"dtype must be one of {', '.join(ITEMSIZES)}"
-        if min(self.num_blocks, self.block_size, self.num_layers, self.num_parts, self.num_heads, self.head_dim) < 1:
+        if not self.part_dims:
+            return "there is no part"
+        if min(self.num_blocks, self.block_size, self.num_layers, self.num_heads, *self.part_dims) < 1:
             return "a size is zero or negative"
         if self.layer_start < 0 or self.layer_start + self.num_layers > self.model_num_layers:
             return "layers outside of the model"
@@ -60,14 +65,14 @@ class KVLayout:
         return ITEMSIZES[self.dtype]
 
     @property
-    def piece_bytes(self) -> int:
-        """Bytes of one (block, layer, part, head): always contiguous."""
-        return self.block_size * self.head_dim * self.itemsize
+    def num_parts(self) -> int:
+        """Parts kept per layer and head."""
+        return len(self.part_dims)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers, parts and heads of this rank."""
-        return self.num_layers * self.num_parts * self.num_heads * self.piece_bytes
+        return self.num_layers * self.num_heads * self.block_size * sum(self.part_dims) * self.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -88,40 +93,47 @@ class KVLayout:
         """Whether this rank holds a KV head of a layer (both as the model numbers them)."""
         return layer in self.layers and head in self.heads
 
-    def stride(self, axis: str) -> int:
-        """Bytes from one index to the next along an axis."""
-        sizes = self._sizes()
-        return self.itemsize * prod(sizes[inner] for inner in self.axes[self.axes.index(axis) + 1 :])
+    def piece_bytes(self, part: int) -> int:
+        """Bytes of one (block, layer, part, head): always contiguous."""
+        return self.block_size * self.part_dims[part] * self.itemsize
+
+    def stride(self, axis: str, part: int) -> int:
+        """Bytes from one index of an axis ("block", "layer" or "head") to the next, within a part."""
+        width = sum(self.part_dims) if "part" in self._within(axis) else self.part_dims[part]
+        return self._count_within(axis) * width * self.itemsize
 
     def offset(self, block: int, layer: int, part: int, head: int) -> int:
         """Byte offset of a piece; layer and head as the model numbers them."""
         assert self.owns(layer, head) and 0 <= block < self.num_blocks and 0 <= part < self.num_parts
         return (
-            block * self.stride("block")
-            + (layer - self.layer_start) * self.stride("layer")
-            + part * self.stride("part")
-            + (head - self.head_start) * self.stride("head")
+            block * self.stride("block", part)
+            + (layer - self.layer_start) * self.stride("layer", part)
+            + (head - self.head_start) * self.stride("head", part)
+            + self._count_within("part") * sum(self.part_dims[:part]) * self.itemsize
         )
 
     def describe(self) -> str:
         """One line for error messages."""
         return (
             f"[{' '.join(self.axes)}] {self.dtype} blocks {self.num_blocks}x{self.block_size} slots, "
-            f"layers {self.layer_start}..{self.layer_start + self.num_layers} of {self.model_num_layers}, {self.num_parts} parts, "
-            f"heads {self.head_start}..{self.head_start + self.num_heads} of {self.model_num_kv_heads} x {self.head_dim}"
+            f"layers {self.layer_start}..{self.layer_start + self.num_layers} of {self.model_num_layers}, "
+            f"heads {self.head_start}..{self.head_start + self.num_heads} of {self.model_num_kv_heads}, "
+            f"parts {'+'.join(map(str, self.part_dims))}"
         )
 
-    def _sizes(self) -> dict[str, int]:
-        return dict(
-            zip(AXES, (self.num_blocks, self.num_layers, self.num_parts, self.num_heads, self.block_size, self.head_dim), strict=True)
-        )
+    def _within(self, axis: str) -> tuple[str, ...]:
+        return self.axes[self.axes.index(axis) + 1 :]
+
+    def _count_within(self, axis: str) -> int:
+        """How many token slots, of one part, lie within one index of an axis."""
+        sizes = {"block": self.num_blocks, "layer": self.num_layers, "head": self.num_heads, "slot": self.block_size}
+        return prod(sizes[inner] for inner in self._within(axis) if inner in sizes)
 
     def _shared(self) -> tuple[object, ...]:
         return (
             self.axes,
             self.block_size,
-            self.num_parts,
-            self.head_dim,
+            self.part_dims,
             self.dtype,
             self.model_num_layers,
             self.model_num_kv_heads,

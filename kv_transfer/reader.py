@@ -43,7 +43,7 @@ class Peer:
 class Reader:
     """Reads blocks of prefill nodes into this rank's buffer `target` (layout.nbytes long).
 
-    target_index of num_targets: this rank's number among all ranks that read the same sources, to spread the load over replicas.
+    earlier: layouts of the node's ranks with smaller numbers, which read the same sources (see reshard.plan).
     Every method may be called from any thread; `connect` blocks and belongs in asyncio.to_thread. Ended by `close`.
     """
 
@@ -54,8 +54,7 @@ class Reader:
         layout: KVLayout,
         *,
         transport: Transport = "auto",
-        target_index: int = 0,
-        num_targets: int = 1,
+        earlier: Sequence[KVLayout] = (),
         pools: Mapping[bytes, Pool] | None = None,
     ) -> None:
         assert len(target) == layout.nbytes
@@ -63,8 +62,7 @@ class Reader:
         self._target = target
         self._layout = layout
         self._transport = transport
-        self._target_index = target_index
-        self._num_targets = num_targets
+        self._earlier = tuple(earlier)
         self._pools = pools
         self._host_id = host_id()
         self._lock = threading.Lock()
@@ -79,7 +77,7 @@ class Reader:
         for export in exports:
             if export.pool_bytes != export.layout.nbytes:
                 raise Incompatible(f"rank {export.rank} exports {export.pool_bytes} bytes of {export.layout.describe()}", stage="pull")
-        reads = plan([export.layout for export in exports], self._layout, self._target_index, self._num_targets)
+        reads = plan([export.layout for export in exports], self._layout, self._earlier)
         peer = Peer(reads, tuple(exports), self._destinations(reads, exports, deadline))
         return self._keep(incarnation, peer)
 

@@ -1,7 +1,9 @@
 """Which bytes of a block come from which source rank, for any split of heads and layers on either side. Pure.
 
 A block's smallest unit is a *piece*: one (layer, part, head), contiguous on both sides. A plan names, for every piece of the target,
-the one source rank it is read from; pieces that are neighbours on both sides become one run.
+the one source rank it is read from; pieces that are neighbours on both sides become one run. Layers may be split anywhere, on
+either side, and heads split or replicated; a latent (MLA) is one head that all ranks of a tensor-parallel group hold: every source
+can serve it, and every target rank reads it for itself, since no rank can compute without it.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -40,19 +43,21 @@ class SourceReads:
         return sum(run.nbytes for run in self.runs)
 
 
-def plan(sources: Sequence[KVLayout], target: KVLayout, target_index: int = 0, num_targets: int = 1) -> tuple[SourceReads, ...]:
+def plan(sources: Sequence[KVLayout], target: KVLayout, earlier: Sequence[KVLayout] = ()) -> tuple[SourceReads, ...]:
     """Where every piece of `target` is read: each exactly once, from a source that owns it.
 
-    Where k sources hold the same head, each of them serves a contiguous k-th of the layers, whatever other targets do;
-    `target_index` of `num_targets` (over all groups that read these sources) turns the order, so that they do not start at the same one.
+    earlier: the ranks of the same decode node with smaller numbers. They read the same sources by the same rule, and what the rule gives
+    them is counted, so that all ranks of a node load replicas evenly although nobody asks anybody: see `_dealt` for the bound.
     Raises Incompatible if the layouts do not fit.
     """
-    assert 0 <= target_index < num_targets
     check_compatible(sources, target)
+    served = [0] * len(sources)
+    for other in earlier:
+        for share in _dealt(sources, other, served):
+            served[share.source] += share.num_pieces
     pieces: dict[int, list[Run]] = defaultdict(list)
-    for layer, head in ((layer, head) for layer in target.layers for head in target.heads):
-        source = _choose(sources, target, layer, head, target_index, num_targets)
-        pieces[source] += (_piece(sources[source], target, layer, part, head) for part in range(target.num_parts))
+    for share in _dealt(sources, target, served):
+        pieces[share.source] += share.runs(sources[share.source], target)
     return tuple(SourceReads(source, tuple(_merged(pieces[source]))) for source in sorted(pieces))
 
 
@@ -67,34 +72,93 @@ def spans(runs: Sequence[Run], source_blocks: Sequence[int], target_blocks: Sequ
     return _joined(Spans(source.ravel(), target.ravel(), nbytes.ravel()))
 
 
-def _choose(sources: Sequence[KVLayout], target: KVLayout, layer: int, head: int, target_index: int, num_targets: int) -> int:
-    owners = [index for index, source in enumerate(sources) if source.owns(layer, head)]
-    share = (layer - target.layer_start) * len(owners) // target.num_layers
-    first = target_index * len(owners) // num_targets
-    return owners[(first + share) % len(owners)]
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What a target reads from one source: these heads of these layers, all parts of them."""
+
+    source: int
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+
+    @property
+    def num_pieces(self) -> int:
+        """Layers times heads: every part of the target counts alike."""
+        return len(self.layers) * len(self.heads)
+
+    def runs(self, source: KVLayout, target: KVLayout) -> Iterator[Run]:
+        """Its pieces, not merged yet."""
+        for layer, head, part in product(self.layers, self.heads, range(target.num_parts)):
+            yield _piece(source, target, layer, part, head)
+
+
+def _dealt(sources: Sequence[KVLayout], target: KVLayout, served: Sequence[int]) -> Iterator[_Share]:
+    """Who serves what of a target. served: pieces dealt to each source before, for other targets.
+
+    k owners of n layers serve n // k consecutive ones each; the n % k that are left over go, one each, to those that have served
+    least. So two sources that hold the same serve, over all targets of a node, amounts that differ by one layer of one target at most:
+    whoever is ahead never gets more of a group than the other, and whoever gets more gets one layer more.
+    """
+    dealt = list(served)
+    for (owners, heads), layers in _groups(sources, target).items():
+        by_need = sorted(owners, key=lambda source: (dealt[source], source))
+        for source, mine in zip(by_need, _cut(layers, len(owners)), strict=True):
+            dealt[source] += len(mine) * len(heads)
+            if mine:
+                yield _Share(source, mine, heads)
+
+
+def _groups(sources: Sequence[KVLayout], target: KVLayout) -> dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]]:
+    """(sources that own them all, heads) -> layers of a target. Pieces that nobody owns are in none."""
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
+    for layer in target.layers:
+        by_owners: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for head in target.heads:
+            by_owners[tuple(index for index, source in enumerate(sources) if source.owns(layer, head))].append(head)
+        by_owners.pop((), None)
+        for owners, heads in by_owners.items():
+            groups[owners, tuple(heads)].append(layer)
+    return groups
+
+
+def _cut(layers: Sequence[int], num_shares: int) -> Iterator[tuple[int, ...]]:
+    """Consecutive shares of equal size, the first ones longer by one where it does not come out even. May be empty."""
+    least, longer = divmod(len(layers), num_shares)
+    start = 0
+    for index in range(num_shares):
+        stop = start + least + (index < longer)
+        yield tuple(layers[start:stop])
+        start = stop
 
 
 def _piece(source: KVLayout, target: KVLayout, layer: int, part: int, head: int) -> Run:
     return Run(
         source_base=source.offset(0, layer, part, head),
-        source_stride=source.stride("block"),
+        source_stride=source.stride("block", part),
         target_base=target.offset(0, layer, part, head),
-        target_stride=target.stride("block"),
-        nbytes=target.piece_bytes,
+        target_stride=target.stride("block", part),
+        nbytes=target.piece_bytes(part),
     )
 
 
 def _merged(pieces: list[Run]) -> Iterator[Run]:
-    """Neighbours as one run. Block 0 speaks for all blocks, since the strides are the same for all pieces of a pair of ranks."""
+    """Neighbours as one run. Block 0 speaks for all blocks where the strides are the same; parts of unequal widths may differ in them."""
     ordered = sorted(pieces, key=lambda run: run.target_base)
     last = ordered[0]
     for run in ordered[1:]:
-        if run.source_base == last.source_base + last.nbytes and run.target_base == last.target_base + last.nbytes:
+        if _follows(run, last):
             last = replace(last, nbytes=last.nbytes + run.nbytes)
         else:
             yield last
             last = run
     yield last
+
+
+def _follows(run: Run, last: Run) -> bool:
+    return (
+        run.source_base == last.source_base + last.nbytes
+        and run.target_base == last.target_base + last.nbytes
+        and (run.source_stride, run.target_stride) == (last.source_stride, last.target_stride)
+    )
 
 
 def _joined(parts: Spans) -> Spans:

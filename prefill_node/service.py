@@ -44,6 +44,8 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
                 self._leader.accept(command.accepted.lease_number)
             case "cancel":
                 self._leader.desk.cancel(command.cancel.request_id, command.cancel.attempt, command.cancel.reason)
+            case "flush":
+                session.flushed(command.flush.number, self._leader.pool.drop_cache())
 
     def _prefill(self, session: Session, message: node_pb2.PrefillRequest) -> None:
         sequence = message.sequence

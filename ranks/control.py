@@ -127,6 +127,7 @@ def event_message(outbox: Outbox, load: node_pb2.Load) -> node_pb2.NodeEvent:
         accepted=[node_pb2.Accepted(request_id=request_id, attempt=attempt) for request_id, attempt in outbox.accepted],
         errors=[_error_message(key, error) for key, error in outbox.errors],
         pulls=[_pull_message(facts) for facts in outbox.pulls],
+        flushed=[node_pb2.CacheFlushed(number=number, blocks=blocks) for number, blocks in outbox.flushed],
         load=load,
     )
 
@@ -140,6 +141,7 @@ def hello_message(hello: GroupHello) -> node_pb2.NodeHello:
         incarnation=hello.incarnation,
         model_fingerprint=hello.model_fingerprint,
         dtype=hello.dtype,
+        quantization=hello.quantization,
         max_model_len=hello.max_model_len,
         layout=layout_message(hello.layout),
         ranks=[node_pb2.RankInfo(rank=rank.rank, pid=rank.pid, host=rank.host) for rank in hello.ranks],

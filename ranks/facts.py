@@ -69,7 +69,7 @@ class ReadOrder:
 class GroupHello:
     """Who a group is and all that its peers must agree on; the first thing said on a control stream.
 
-    transfer_address and exports: where blocks can be pulled (prefill only).
+    quantization: "w8a8", or "" for none. transfer_address and exports: where blocks can be pulled (prefill only).
     """
 
     node: str
@@ -77,6 +77,7 @@ class GroupHello:
     incarnation: bytes
     model_fingerprint: str
     dtype: str
+    quantization: str
     max_model_len: int
     layout: KVLayout
     ranks: tuple[RankAddress, ...]

@@ -79,7 +79,7 @@ class RankHost:
         """Connect to the node's other ranks, read the weights, make the KV pool, run once. addresses: the whole node's, by rank."""
         self.addresses = tuple(sorted(addresses, key=lambda address: address.rank))
         self.spec, self.fingerprint = await self._on_step_thread(self._read_spec)
-        self.placement = self._place()
+        self.placement = self._place(self.plan.rank)
         self.domain = [address for address in self.addresses if self._steps_with_me(address.rank)]
         self.peers = tuple(Peer(a.node, a.rank, a.control) for a in self.addresses if a.rank != self.plan.rank)
         for peer in self.peers:
@@ -93,7 +93,8 @@ class RankHost:
             max_model_len=config.max_model_len,
             max_positions=self.spec.max_position_embeddings,
         )
-        self.layout = self._describe_layout()
+        self.layouts = tuple(self._describe_layout(rank) for rank in range(self.plan.num_ranks))
+        self.layout = self.layouts[self.plan.rank]
         self.pool = Pool(
             self.num_blocks,
             self.shape.block_bytes,
@@ -109,26 +110,26 @@ class RankHost:
         config = self.plan.config
         return load_spec(config.model, config.dtype, config.quantization), fingerprint(config.model)
 
-    def _place(self) -> Placement:
+    def _place(self, rank: int) -> Placement:
         coupled = self.plan.role == "decode" and self.spec.moe is not None
         split_experts = self.plan.role == "prefill" and self.plan.config.prefill.moe == "tensor"
-        return Placement.of(self.plan.rank, self.plan.tp_size, self.plan.dp_size, coupled, split_experts)
+        return Placement.of(rank, self.plan.tp_size, self.plan.dp_size, coupled, split_experts)
 
     def _steps_with_me(self, rank: int) -> bool:
         return self.placement.coupled or rank // self.plan.tp_size == self.plan.group
 
-    def _describe_layout(self) -> KVLayout:
-        shape = self.shape
+    def _describe_layout(self, rank: int) -> KVLayout:
+        """Of any rank of the node: what each holds follows from its place."""
+        shape = KVShape.of(self.spec, self._place(rank), self.plan.config.block_size)
         return KVLayout(
             axes=AXES,
             num_blocks=self.num_blocks,
             block_size=shape.block_size,
             layer_start=0,
             num_layers=shape.num_layers,
-            num_parts=len(shape.part_dims),
+            part_dims=shape.part_dims,
             head_start=shape.head_start,
             num_heads=shape.num_heads,
-            head_dim=shape.part_dims[0],
             dtype=shape.dtype,
             model_num_layers=self.spec.num_layers,
             model_num_kv_heads=self.spec.kv_heads,
@@ -186,6 +187,7 @@ class RankHost:
             incarnation=self.incarnation,
             model_fingerprint=self.fingerprint,
             dtype=self.spec.dtype,
+            quantization=self.spec.quantization or "",
             max_model_len=self.max_model_len,
             layout=self.layout,
             ranks=tuple(address for address in self.addresses if address.rank // self.plan.tp_size == self.plan.group),

@@ -48,9 +48,10 @@ class Outbox:
     accepted: list[Key] = field(default_factory=list)
     errors: list[tuple[Key, BatonError]] = field(default_factory=list)
     pulls: list[PullFacts] = field(default_factory=list)
+    flushed: list[tuple[int, int]] = field(default_factory=list)  # the command's number, blocks freed
 
     def __len__(self) -> int:
-        return len(self.tokens) + len(self.accepted) + len(self.errors) + len(self.pulls)
+        return len(self.tokens) + len(self.accepted) + len(self.errors) + len(self.pulls) + len(self.flushed)
 
 
 class Session:
@@ -74,6 +75,11 @@ class Session:
         """Let what is in the outbox go out as one message."""
         if len(self.outbox):
             self._ready.set()
+
+    def flushed(self, number: int, blocks: int) -> None:
+        """Answer the FlushCache command of this number at once: so many blocks are free now that were cached."""
+        self.outbox.flushed.append((number, blocks))
+        self.flush()
 
     def close(self) -> None:
         """The stream is over."""

@@ -28,6 +28,7 @@ from router.admission import Admission, Limits, Verdict, check_prompt, check_req
 from router.answer import Answer
 from router.choices import Prepared
 from router.fleet import Fleet
+from router.flush import Flushed
 from router.prove import Prover
 from router.registry import GroupState, Role
 from router.relay import FIRST_PAIR_PATIENCE_S
@@ -37,6 +38,7 @@ from router.status import status_of
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 256
+FLUSH_TIMEOUT_S = 10.0
 _NUM_TOKENIZER_THREADS = 2
 _PROOF_TEXT = "Hello"
 
@@ -132,13 +134,28 @@ class Dispatcher:
         """Send no new work to a node and wait until it is idle; False if it is not by then. NotFound for an unknown node."""
         groups = self.fleet.registry.drain(node)
         if not groups:
-            known = sorted({group.node for group in self.fleet.registry.groups()})
-            raise NotFound(f"there is no node {node!r}; known are {', '.join(known) or 'none'}", stage="router")
+            raise self._no_node(node)
         deadline = Deadline.after(timeout_s)
         while any(group.state is not GroupState.GONE and not group.idle for group in groups):
             if not await self.fleet.changed(deadline.left_s()):
                 return False
         return True
+
+    async def flush_cache(self, node: str = "") -> Flushed:
+        """Have all groups of a node ("": of every node that is up) forget cached prefixes that no sequence uses.
+
+        NotFound for an unknown node; NodeLost or DeadlineExceeded, and others may have been flushed, if a group did not answer.
+        """
+        self._check_open()
+        known = self.fleet.registry.groups()
+        groups = [group for group in known if group.node == node or (not node and group.up)]
+        if node and not groups:
+            raise self._no_node(node)
+        return await self.fleet.flush_cache(groups, FLUSH_TIMEOUT_S)
+
+    def _no_node(self, node: str) -> NotFound:
+        known = sorted({group.node for group in self.fleet.registry.groups()})
+        return NotFound(f"there is no node {node!r}; known are {', '.join(known) or 'none'}", stage="router")
 
     def add_group(self, role: str, address: str) -> None:
         """Meet a group leader at host:port. role: "prefill" or "decode"."""

@@ -14,6 +14,7 @@ from typing import Protocol
 from baton.errors import BatonError, NodeLost
 from baton.request import TokenEvent
 from baton.telemetry import GroupFigures, PullFigures, RouterMetrics, fields
+from router.flush import Flushed, Flushes
 from router.heard import GroupLoad, Heard, Hello, PullReport
 from router.nodes import NodeLink
 from router.policy import GroupView, choose
@@ -51,6 +52,7 @@ class Fleet:
         self._incarnation = secrets.token_bytes(16)
         self._links: dict[str, NodeLink] = {}
         self._carriers: dict[str, Carrier] = {}
+        self.flushes = Flushes()
         self._passed_over: set[Group] = set()  # for their silence, when somebody wanted them; until they are heard again
         self._changed = asyncio.Event()
 
@@ -67,7 +69,7 @@ class Fleet:
         if link is None or group is None:
             return
         self.registry.remove(address)
-        self._forget(group, NodeLost(f"{group.name} was removed from the cluster", stage="router", node=group.name))
+        self._forget(group, link, NodeLost(f"{group.name} was removed from the cluster", stage="router", node=group.name))
         await link.close()
 
     async def close(self) -> None:
@@ -93,9 +95,10 @@ class Fleet:
         self._carriers[request_id] = carrier
 
     def abandon_all(self, error: BatonError) -> None:
-        """End every sequence under way with `error`."""
+        """End every sequence and every flush under way with `error`."""
         for carrier in tuple(self._carriers.values()):
             carrier.abandon(error)
+        self.flushes.abandon(error)
 
     def leave(self, request_id: str) -> None:
         """Whatever nodes still say about the sequence is late and dropped."""
@@ -122,6 +125,10 @@ class Fleet:
         names = {group.name for group in avoid}
         chosen = choose(tuple(groups.values()), tuple(pairs), prompt_len, avoid=names, prefill=prefill.name if prefill else None)
         return chosen and pairs[chosen]
+
+    async def flush_cache(self, groups: Iterable[Group], timeout_s: float) -> Flushed:
+        """Have groups forget the cached blocks that nobody uses. Raises NodeLost, DeadlineExceeded."""
+        return await self.flushes.run({group.name: self.link(group) for group in groups}, timeout_s)
 
     async def changed(self, timeout_s: float | None) -> bool:
         """Wait until a group or pair may have changed; False if that took too long. None: the caller has a deadline of its own."""
@@ -154,13 +161,15 @@ class Fleet:
                 carrier.on_failed(group, failed.attempt, failed.error)
         for report in heard.pulls:
             self._pulled(group, report)
+        for number, blocks in heard.flushed:
+            self.flushes.answered(number, blocks)
 
     def lost(self, link: NodeLink, error: NodeLost) -> None:
         """A node's stream broke."""
         group = self.registry.get(link.address)
         if group is not None:
             self.registry.lost(group)
-            self._forget(group, error)
+            self._forget(group, link, error)
 
     def _met(self, group: Group, hello: Hello, load: GroupLoad) -> None:
         self.registry.joined(group, hello, load)
@@ -202,11 +211,12 @@ class Fleet:
         )
         self.metrics.pulled(group.node, group.number, figures)
 
-    def _forget(self, group: Group, error: NodeLost) -> None:
+    def _forget(self, group: Group, link: NodeLink, error: NodeLost) -> None:
         self._passed_over.discard(group)
         self.metrics.forget_group(group.node, group.number)
         for carrier in tuple(self._carriers.values()):
             carrier.on_lost(group, error)
+        self.flushes.lost(link, error)
         self.notify()
 
     def _report(self, group: Group) -> None:

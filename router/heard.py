@@ -16,8 +16,7 @@ class Layout:
 
     axes: tuple[str, ...]
     block_size: int
-    num_parts: int
-    head_dim: int
+    part_dims: tuple[int, ...]
     dtype: str
     model_num_layers: int
     model_num_kv_heads: int
@@ -62,6 +61,7 @@ class Hello:
     protocol_version: int
     model_fingerprint: str
     dtype: str
+    quantization: str
     max_model_len: int
     layout: Layout
     ranks: tuple[Rank, ...] = ()
@@ -101,3 +101,4 @@ class Heard:
     accepted: tuple[tuple[str, int], ...] = ()  # (request id, attempt)
     failed: tuple[SequenceFailed, ...] = ()
     pulls: tuple[PullReport, ...] = ()
+    flushed: tuple[tuple[int, int], ...] = ()  # (number of the command, blocks freed)

@@ -145,6 +145,10 @@ class NodeLink:
         """End this attempt and all before it on the node; owed if there is no stream now, or none that is read. Never raises."""
         self._pay(node_pb2.Cancel(request_id=request_id, attempt=attempt, reason=reason))
 
+    def flush_cache(self, number: int) -> None:
+        """Have the group forget cached blocks that nobody uses; it answers with `number`. Raises NodeLost."""
+        self._send(flush=node_pb2.FlushCache(number=number))
+
     def _pay(self, cancel: node_pb2.Cancel) -> None:
         try:
             self._send(cancel=cancel)
@@ -266,6 +270,7 @@ def heard_from_message(event: node_pb2.NodeEvent) -> Heard:
         accepted=tuple((item.request_id, item.attempt) for item in event.accepted),
         failed=tuple(_failed(item) for item in event.errors),
         pulls=_pulls(event.pulls),
+        flushed=tuple((item.number, item.blocks) for item in event.flushed),
     )
 
 
@@ -279,12 +284,12 @@ def hello_from_message(message: node_pb2.NodeHello) -> Hello:
         protocol_version=message.protocol_version,
         model_fingerprint=message.model_fingerprint,
         dtype=message.dtype,
+        quantization=message.quantization,
         max_model_len=message.max_model_len,
         layout=Layout(
             axes=tuple(layout.axes),
             block_size=layout.block_size,
-            num_parts=layout.num_parts,
-            head_dim=layout.head_dim,
+            part_dims=tuple(layout.part_dims),
             dtype=layout.dtype,
             model_num_layers=layout.model_num_layers,
             model_num_kv_heads=layout.model_num_kv_heads,

@@ -101,6 +101,11 @@ class Group:
         return self.load.idle and not self.sent_sequences
 
     @property
+    def up(self) -> bool:
+        """Whether it can be talked to."""
+        return self.state in (GroupState.READY, GroupState.DRAINING)
+
+    @property
     def ready(self) -> bool:
         """Whether new work may be sent."""
         return self.state is GroupState.READY
@@ -160,10 +165,10 @@ def _facts(hello: Hello) -> dict[str, object]:
         "protocol version": hello.protocol_version,
         "model": hello.model_fingerprint,
         "dtype": hello.dtype,
+        "quantization": hello.quantization or "none",
         "KV axes": "/".join(layout.axes),
         "block size": layout.block_size,
-        "KV parts": layout.num_parts,
-        "head_dim": layout.head_dim,
+        "KV parts": "+".join(map(str, layout.part_dims)),
         "KV dtype": layout.dtype,
         "layers": layout.model_num_layers,
         "KV heads": layout.model_num_kv_heads,
@@ -250,7 +255,7 @@ class Registry:
 
     @staticmethod
     def _open_or_close(group: Group) -> None:
-        if group.state in (GroupState.READY, GroupState.DRAINING):
+        if group.up:
             group.state = GroupState.DRAINING if group.asked_to_drain or group.load.draining else GroupState.READY
 
     def _of(self, group: Group) -> Iterator[Pair]:

@@ -116,6 +116,15 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             await abort(context, error)
         return admin_pb2.DrainReply(idle=idle)
 
+    async def FlushCache(self, request: admin_pb2.FlushCacheRequest, context: Context) -> admin_pb2.FlushCacheReply:
+        """Forget cached prefixes that no sequence uses."""
+        await check_key(self._keys, context)
+        try:
+            flushed = await self._dispatcher.flush_cache(request.node)
+        except BatonError as error:
+            await abort(context, error)
+        return admin_pb2.FlushCacheReply(groups=flushed.groups, blocks=flushed.blocks)
+
 
 def add_services(server: grpc.aio.Server, dispatcher: Dispatcher, api_keys: Sequence[str], slow_client_s: float) -> Health:
     """Put the router's services, health and reflection on a server."""

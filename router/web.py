@@ -23,6 +23,7 @@ from baton.errors import BatonError, InternalError, InvalidRequest, NotFound, To
 from baton.request import Chunk, GenerateRequest, Prompt
 from baton.telemetry import CONTENT_TYPE
 from baton.tokenizer import Tokenizer
+from router.flush import Flushed
 from router.schema import ChatBody, CompletionBody, Limits, ModelCard, parse
 from router.schema_native import NativeBody
 from router.web_answers import AnswerFormat, Frame, Json, error_json, to_json
@@ -46,6 +47,9 @@ class Generates(Protocol):
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """The answer: each choice's last chunk has finish_reason, the last of all has usage. aclose cancels the request everywhere."""
+
+    async def flush_cache(self, node: str = "") -> Flushed:
+        """Forget cached prefixes that no sequence uses, on a node or ("") on all. Raises NotFound, NodeLost, DeadlineExceeded."""
 
     def ready(self) -> bool:
         """Whether at least one pair of nodes is proven."""
@@ -109,6 +113,11 @@ class HttpFront:
         """GET /v1/models/{name}."""
         self._check_model(request.path_params["name"])
         return json_response(self._card())
+
+    async def flush_cache(self, request: Request) -> Response:
+        """POST /flush_cache, with ?node= for one node alone."""
+        flushed = await self._router.flush_cache(request.query_params.get("node", ""))
+        return json_response({"groups": flushed.groups, "blocks": flushed.blocks})
 
     async def health(self, request: Request) -> Response:
         """GET /health: 200 once a request can be served. With ?verbose also nodes and pairs."""
@@ -198,6 +207,7 @@ def create_app(
     guarded.add_api_route("/v1/completions", front.completions, methods=["POST"])
     guarded.add_api_route("/v1/chat/completions", front.chat, methods=["POST"])
     guarded.add_api_route("/generate", front.native, methods=["POST"])
+    guarded.add_api_route("/flush_cache", front.flush_cache, methods=["POST"])
     guarded.add_api_route("/v1/models", front.models, methods=["GET"])
     guarded.add_api_route("/v1/models/{name:path}", front.model, methods=["GET"])
     app.include_router(guarded)

@@ -216,10 +216,12 @@ class BlockPool:
             self._quarantined.remove(block)
             self._to_free(block)
 
-    def drop_cache(self) -> None:
-        """Cached blocks become free; held ones whose ancestors were cached leave the tree."""
+    def drop_cache(self) -> int:
+        """All cached blocks become free; how many. Held ones whose ancestors were cached leave the tree, reservations stay."""
+        count = len(self._cached)
         while self._cached:
             self._forget(next(iter(self._cached)))
+        return count
 
     def check(self) -> None:
         """Assert every invariant; O(num_blocks), for tests and idle nodes."""

@@ -30,6 +30,10 @@ class Mlp:
         """x [T, H] -> [T, H]."""
         return self._down(self._device.silu_mul(self._gate_up(x)))
 
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's summand of the result, [T, H], for whoever adds more before it is reduced. Without a bias of down_proj."""
+        return self._down.partial(self._device.silu_mul(self._gate_up(x)))
+
     def pieces(self, prefix: str) -> Iterator[Piece]:
         """Everything under `prefix`.mlp."""
         yield from self._gate_up.pieces(prefix)

@@ -78,12 +78,21 @@ class Placement:
         return range(min(size, self.tp_rank * rows), min(size, (self.tp_rank + 1) * rows))
 
     def experts(self, num_experts: int) -> range:
-        """The experts of this rank. Raises ConfigError if they do not divide among the domain."""
-        return _share(num_experts, self.domain_size, self.domain_rank, "num_experts")
+        """The experts of this rank: all of them if they are split. Raises ConfigError if they do not divide among the domain."""
+        if self.split_experts:
+            return range(num_experts)
+        remedy = "dp * tp must divide it" if self.coupled else "choose a tp that divides it, or prefill.moe: tensor"
+        return _share(num_experts, self.domain_size, self.domain_rank, "num_experts", remedy)
+
+    def expert_columns(self, width: int) -> range:
+        """The columns of each of its experts of this intermediate width: all unless experts are split. Raises ConfigError."""
+        if not self.split_experts:
+            return range(width)
+        return _share(width, self.tp_size, self.tp_rank, "moe_intermediate_size", "choose a tp that divides it, or prefill.moe: experts")
 
 
-def _share(total: int, parts: int, index: int, what: str) -> range:
+def _share(total: int, parts: int, index: int, what: str, remedy: str = "") -> range:
     if total % parts:
-        raise ConfigError(f"{what}={total} does not divide by {parts} ranks")
+        raise ConfigError(f"{what}={total} does not divide by {parts} ranks" + (f"; {remedy}" if remedy else ""))
     size = total // parts
     return range(index * size, (index + 1) * size)

@@ -2,7 +2,7 @@
 
 They hold the tensors of this rank and say in `pieces(prefix)` which slices of which checkpoint tensors fill them.
 T: tokens of the step, H: hidden. Column-parallel maps split their outputs, row-parallel ones their inputs and add up
-(Megatron-LM, https://arxiv.org/abs/1909.08053).
+(Megatron-LM, https://arxiv.org/abs/1909.08053). Linear maps are quantized if the model is, tables never are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ class Part:
 
 
 class ColumnParallel:
-    """x [T, in] -> [T, out of this rank]: several projections of the same input, fused."""
+    """x [T, in] -> [T, out of this rank]: several projections of the same input, fused.
+
+    Ranks may hold the same rows of a part, or all of them: nothing is added up here.
+    """
 
     def __init__(self, setting: Setting, in_width: int, parts: Sequence[Part], bias: bool) -> None:
         self._device = setting.device
@@ -64,8 +67,12 @@ class RowParallel:
         self.bias = setting.empty(out_width) if bias else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = self._groups.all_reduce(self._device.linear(x, self.weight))
+        out = self._groups.all_reduce(self.partial(x))
         return out if self.bias is None else out + self.bias
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's summand, [T, out]; the sum over the group lacks the bias."""
+        return self._device.linear(x, self.weight)
 
     def pieces(self, name: str) -> Iterator[Piece]:
         """`name`.weight, its columns; `name`.bias, all of it."""
@@ -73,6 +80,25 @@ class RowParallel:
         yield Piece.of(f"{name}.weight", (self._out_width, self._in_width), (_ALL, columns), self.weight)
         if self.bias is not None:
             yield Piece(f"{name}.bias", tuple(self.bias.shape), (_ALL,), self.bias)
+
+
+class Replicated:
+    """x [T, in] -> [T, out]: every rank holds all of it. Several of them over one input are a ColumnParallel of whole parts."""
+
+    def __init__(self, setting: Setting, in_width: int, out_width: int, bias: bool) -> None:
+        self._device = setting.device
+        self._shape = out_width, in_width
+        self.weight = setting.matrix(out_width, in_width)
+        self.bias = setting.empty(out_width) if bias else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._device.linear(x, self.weight, self.bias)
+
+    def pieces(self, name: str) -> Iterator[Piece]:
+        """`name`.weight and .bias, all of them."""
+        yield Piece.of(f"{name}.weight", self._shape, (_ALL, _ALL), self.weight)
+        if self.bias is not None:
+            yield Piece(f"{name}.bias", (len(self.bias),), (_ALL,), self.bias)
 
 
 class VocabParallel:

@@ -54,11 +54,19 @@ class Rank:
 
         All ranks of a group must pass the same batch, all ranks of a coupled domain must call at the same step. Raises NodeLost.
         """
+        logits = self.logits(batch)
+        return nothing_sampled() if logits is None else sample(logits, batch)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> torch.Tensor | None:
+        """Compute a batch; [N, vocab] float32 for its `sample_rows`, None if there are none and on ranks that do not lead.
+
+        For measuring and tests, which may name other rows than Batch.build does, for instance all of a chunk. Otherwise as `forward`.
+        """
         hidden = self._model(self._step(batch))
         if not len(batch.sample_rows):
-            return nothing_sampled()
-        logits = self._model.logits(hidden[self._device.tensor(batch.sample_rows)])
-        return nothing_sampled() if logits is None else sample(logits, batch)
+            return None
+        return self._model.logits(hidden[self._device.tensor(batch.sample_rows)])
 
     def _step(self, batch: Batch) -> Step:
         cos, sin = self._rotary(self._device.tensor(batch.positions))

@@ -62,6 +62,7 @@ class MlaSpec:
     nope: int
     rope: int
     value: int
+    norm_eps: float = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,11 @@ class ModelSpec:
     model_type: a name of config_json.ARCHITECTURES. hidden, intermediate, head_dim: widths. heads: query heads.
     dtype: of activations and KV cache, by its torch name; of weights too, unless they are quantized. quantization: "w8a8" (int8
     weights per channel, int8 activations per token) or None. For latent attention kv_heads and head_dim describe what is
-    cached: one head of latent + rope.
+    cached: one head of latent + rope. softmax_scale: what scores are multiplied by; for latent attention over nope + rope widths.
+
+    qkv_bias, output_bias, mlp_bias: whether these projections have one; with latent attention qkv_bias means q_a_proj and
+    kv_a_proj_with_mqa only (never q_proj, q_b_proj, kv_b_proj), output_bias o_proj. num_mtp_layers: layers of multi-token
+    prediction that the checkpoint may hold as model.layers.{num_layers} and up; they are no part of the model.
     """
 
     model_type: str
@@ -128,6 +133,7 @@ class ModelSpec:
     mla: MlaSpec | None = None
     softmax_scale: float = 0.0
     quantization: Literal["w8a8"] | None = None
+    num_mtp_layers: int = 0
 
     @property
     def dtype_bytes(self) -> int:

@@ -71,3 +71,17 @@ class DrainReply(_message.Message):
     IDLE_FIELD_NUMBER: _ClassVar[int]
     idle: bool
     def __init__(self, idle: bool = ...) -> None: ...
+
+class FlushCacheRequest(_message.Message):
+    __slots__ = ("node",)
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    def __init__(self, node: _Optional[str] = ...) -> None: ...
+
+class FlushCacheReply(_message.Message):
+    __slots__ = ("groups", "blocks")
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    groups: int
+    blocks: int
+    def __init__(self, groups: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...

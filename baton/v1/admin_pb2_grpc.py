@@ -24,6 +24,11 @@ class AdminStub(object):
                 request_serializer=baton_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_admin__pb2.DrainReply.FromString,
                 )
+        self.FlushCache = channel.unary_unary(
+                '/baton.v1.Admin/FlushCache',
+                request_serializer=baton_dot_v1_dot_admin__pb2.FlushCacheRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_admin__pb2.FlushCacheReply.FromString,
+                )
 
 
 class AdminServicer(object):
@@ -41,6 +46,13 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FlushCache(self, request, context):
+        """FlushCache forgets cached prefixes that no sequence uses, on all groups of a node or of the cluster.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -53,6 +65,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=baton_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=baton_dot_v1_dot_admin__pb2.DrainReply.SerializeToString,
+            ),
+            'FlushCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.FlushCache,
+                    request_deserializer=baton_dot_v1_dot_admin__pb2.FlushCacheRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_admin__pb2.FlushCacheReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -95,5 +112,22 @@ class Admin(object):
         return grpc.experimental.unary_unary(request, target, '/baton.v1.Admin/Drain',
             baton_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             baton_dot_v1_dot_admin__pb2.DrainReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def FlushCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/baton.v1.Admin/FlushCache',
+            baton_dot_v1_dot_admin__pb2.FlushCacheRequest.SerializeToString,
+            baton_dot_v1_dot_admin__pb2.FlushCacheReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -15,16 +15,15 @@ class RouterHello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., router_incarnation: _Optional[bytes] = ...) -> None: ...
 
 class KVLayout(_message.Message):
-    __slots__ = ("axes", "num_blocks", "block_size", "layer_start", "num_layers", "num_parts", "head_start", "num_heads", "head_dim", "dtype", "model_num_layers", "model_num_kv_heads")
+    __slots__ = ("axes", "num_blocks", "block_size", "layer_start", "num_layers", "part_dims", "head_start", "num_heads", "dtype", "model_num_layers", "model_num_kv_heads")
     AXES_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     LAYER_START_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
-    NUM_PARTS_FIELD_NUMBER: _ClassVar[int]
+    PART_DIMS_FIELD_NUMBER: _ClassVar[int]
     HEAD_START_FIELD_NUMBER: _ClassVar[int]
     NUM_HEADS_FIELD_NUMBER: _ClassVar[int]
-    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     MODEL_NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     MODEL_NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
@@ -33,14 +32,13 @@ class KVLayout(_message.Message):
     block_size: int
     layer_start: int
     num_layers: int
-    num_parts: int
+    part_dims: _containers.RepeatedScalarFieldContainer[int]
     head_start: int
     num_heads: int
-    head_dim: int
     dtype: str
     model_num_layers: int
     model_num_kv_heads: int
-    def __init__(self, axes: _Optional[_Iterable[str]] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., layer_start: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_parts: _Optional[int] = ..., head_start: _Optional[int] = ..., num_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[str] = ..., model_num_layers: _Optional[int] = ..., model_num_kv_heads: _Optional[int] = ...) -> None: ...
+    def __init__(self, axes: _Optional[_Iterable[str]] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., layer_start: _Optional[int] = ..., num_layers: _Optional[int] = ..., part_dims: _Optional[_Iterable[int]] = ..., head_start: _Optional[int] = ..., num_heads: _Optional[int] = ..., dtype: _Optional[str] = ..., model_num_layers: _Optional[int] = ..., model_num_kv_heads: _Optional[int] = ...) -> None: ...
 
 class ExportHandle(_message.Message):
     __slots__ = ("rank", "layout", "host_id", "shm_socket", "tcp_address", "nonce", "pool_bytes")
@@ -61,7 +59,7 @@ class ExportHandle(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., host_id: _Optional[str] = ..., shm_socket: _Optional[str] = ..., tcp_address: _Optional[str] = ..., nonce: _Optional[bytes] = ..., pool_bytes: _Optional[int] = ...) -> None: ...
 
 class NodeHello(_message.Message):
-    __slots__ = ("protocol_version", "node", "group", "incarnation", "model_fingerprint", "dtype", "max_model_len", "layout", "ranks", "transfer_address", "exports", "load")
+    __slots__ = ("protocol_version", "node", "group", "incarnation", "model_fingerprint", "dtype", "max_model_len", "layout", "ranks", "transfer_address", "exports", "load", "quantization")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +72,7 @@ class NodeHello(_message.Message):
     TRANSFER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     EXPORTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     node: str
     group: int
@@ -86,7 +85,8 @@ class NodeHello(_message.Message):
     transfer_address: str
     exports: _containers.RepeatedCompositeFieldContainer[ExportHandle]
     load: Load
-    def __init__(self, protocol_version: _Optional[int] = ..., node: _Optional[str] = ..., group: _Optional[int] = ..., incarnation: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., max_model_len: _Optional[int] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., transfer_address: _Optional[str] = ..., exports: _Optional[_Iterable[_Union[ExportHandle, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    quantization: str
+    def __init__(self, protocol_version: _Optional[int] = ..., node: _Optional[str] = ..., group: _Optional[int] = ..., incarnation: _Optional[bytes] = ..., model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., max_model_len: _Optional[int] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., ranks: _Optional[_Iterable[_Union[RankInfo, _Mapping]]] = ..., transfer_address: _Optional[str] = ..., exports: _Optional[_Iterable[_Union[ExportHandle, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class RankInfo(_message.Message):
     __slots__ = ("rank", "pid", "host")
@@ -145,18 +145,20 @@ class SequenceRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., emitted_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., time_left_s: _Optional[float] = ...) -> None: ...
 
 class PrefillCommand(_message.Message):
-    __slots__ = ("hello", "prefill", "accepted", "cancel", "beat")
+    __slots__ = ("hello", "prefill", "accepted", "cancel", "beat", "flush")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     prefill: PrefillRequest
     accepted: DecodeAccepted
     cancel: Cancel
     beat: Beat
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., accepted: _Optional[_Union[DecodeAccepted, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ...) -> None: ...
+    flush: FlushCache
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., accepted: _Optional[_Union[DecodeAccepted, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., flush: _Optional[_Union[FlushCache, _Mapping]] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("sequence", "lease_number")
@@ -173,16 +175,18 @@ class DecodeAccepted(_message.Message):
     def __init__(self, lease_number: _Optional[int] = ...) -> None: ...
 
 class DecodeCommand(_message.Message):
-    __slots__ = ("hello", "decode", "cancel", "beat")
+    __slots__ = ("hello", "decode", "cancel", "beat", "flush")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     decode: DecodeRequest
     cancel: Cancel
     beat: Beat
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ...) -> None: ...
+    flush: FlushCache
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., flush: _Optional[_Union[FlushCache, _Mapping]] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
     __slots__ = ("sequence", "lease", "transfer_address", "exports")
@@ -206,6 +210,20 @@ class Cancel(_message.Message):
     reason: str
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class FlushCache(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
+
+class CacheFlushed(_message.Message):
+    __slots__ = ("number", "blocks")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    blocks: int
+    def __init__(self, number: _Optional[int] = ..., blocks: _Optional[int] = ...) -> None: ...
+
 class Beat(_message.Message):
     __slots__ = ("number",)
     NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -213,20 +231,22 @@ class Beat(_message.Message):
     def __init__(self, number: _Optional[int] = ...) -> None: ...
 
 class NodeEvent(_message.Message):
-    __slots__ = ("hello", "tokens", "accepted", "errors", "load", "pulls")
+    __slots__ = ("hello", "tokens", "accepted", "errors", "load", "pulls", "flushed")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     PULLS_FIELD_NUMBER: _ClassVar[int]
+    FLUSHED_FIELD_NUMBER: _ClassVar[int]
     hello: NodeHello
     tokens: _containers.RepeatedCompositeFieldContainer[TokenEvent]
     accepted: _containers.RepeatedCompositeFieldContainer[Accepted]
     errors: _containers.RepeatedCompositeFieldContainer[SequenceError]
     load: Load
     pulls: _containers.RepeatedCompositeFieldContainer[PullReport]
-    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ..., accepted: _Optional[_Iterable[_Union[Accepted, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pulls: _Optional[_Iterable[_Union[PullReport, _Mapping]]] = ...) -> None: ...
+    flushed: _containers.RepeatedCompositeFieldContainer[CacheFlushed]
+    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ..., accepted: _Optional[_Iterable[_Union[Accepted, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pulls: _Optional[_Iterable[_Union[PullReport, _Mapping]]] = ..., flushed: _Optional[_Iterable[_Union[CacheFlushed, _Mapping]]] = ...) -> None: ...
 
 class TokenEvent(_message.Message):
     __slots__ = ("request_id", "attempt", "output_index", "token_ids", "logprobs", "finish_reason", "cached_tokens")

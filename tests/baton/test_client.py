@@ -77,8 +77,10 @@ def test_errors_models_status_and_drain(client: SyncClient) -> None:
         client.complete(PROMPT, min_tokens=5, max_tokens=2)
     assert client.models()[0].max_model_len == 4096
     assert client.status().ready
-    with pytest.raises(NotFound, match="prefill-0"):
-        client.drain("nobody", 0)
+    assert client.flush_cache() == client.flush_cache("prefill-0") == 0
+    for call in (lambda: client.drain("nobody", 0), lambda: client.flush_cache("nobody")):
+        with pytest.raises(NotFound, match="prefill-0"):
+            call()
 
 
 def test_nobody_there_is_unavailable() -> None:

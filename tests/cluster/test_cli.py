@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from baton.engine.fingerprint import fingerprint
 from baton.errors import ConfigError
 from cluster.cli import config_from, main, parser
 
-COMMANDS = ("serve", "up", "status", "down", "generate", "chat", "config")
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ("serve", "up", "status", "down", "generate", "flush-cache", "chat", "config")
 
 
 @pytest.mark.parametrize("arguments", [[], *[[command] for command in COMMANDS]])
@@ -69,13 +71,36 @@ def test_what_cannot_work_ends_with_code_2(arguments: list[str], said: str, caps
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["serve", "up"])
+def test_a_layout_that_does_not_divide_ends_with_code_2_before_ray(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"model: {ROOT / 'demo' / 'model'}\ndecode: {{dp: 3}}\nray: {{address: '127.0.0.1:1'}}\n")
+    assert main([command, *(["--config"] if command == "serve" else []), str(tmp_path / "c.yaml")]) == 2
+    assert "decode node of dp=3 x tp=1: num_experts=" in capsys.readouterr().err
+
+
 def test_config_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config"]) == 0
     assert "kv_memory: 512MiB" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("command", ["generate", "chat", "flush-cache"])
 def test_nobody_at_the_address_ends_with_code_1(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = ["hello"] if command == "generate" else []
     assert main([command, "--address", "127.0.0.1:1", *prompt]) == 1
     assert capsys.readouterr().err.startswith("baton: ")
+
+
+def test_fingerprint_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(bytes(100))
+    printed = []
+    for arguments in (["fingerprint", str(tmp_path)], ["fingerprint", str(tmp_path), "--full"]):
+        assert main(arguments) == 0
+        said = capsys.readouterr()
+        assert len(said.out.strip()) == 64 and not said.err
+        printed.append(said.out.strip())
+    assert printed == [fingerprint(tmp_path), fingerprint(tmp_path, full=True)]
+    assert main(["fingerprint", str(tmp_path / "nowhere")]) == 2
+    assert "config.json is missing" in capsys.readouterr().err

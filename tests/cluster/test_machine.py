@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from baton.errors import ConfigError
 from cluster.machine import (
     available_cores,
     available_memory_bytes,
+    check_before_connecting,
     check_before_start,
     check_ports,
     read_checkpoint,
@@ -21,12 +26,26 @@ from cluster.machine import (
 )
 from cluster.plan import Checkpoint
 
+TINY = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "num_experts": 9,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 1024,
+}
+
 
 @pytest.fixture
 def checkpoint_dir(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
     (tmp_path / "tokenizer.json").write_text("{}")
-    dense = {"model.embed.weight": torch.zeros(8, 4, dtype=torch.bfloat16), "scale": torch.zeros((), dtype=torch.float32)}
+    dense = {"model.embed_tokens.weight": torch.zeros(8, 4, dtype=torch.bfloat16), "scale": torch.zeros((), dtype=torch.float32)}
     save_file(dense, tmp_path / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
     save_file(
         {"model.layers.0.mlp.experts.0.up.weight": torch.zeros(5, 2, dtype=torch.bfloat16)}, tmp_path / "model-00002-of-00002.safetensors"
@@ -35,11 +54,16 @@ def checkpoint_dir(tmp_path: Path) -> Path:
 
 
 def config(model: Path, **router: object) -> BatonConfig:
-    return BatonConfig.model_validate({"model": str(model), "kv_memory": "16MiB", "router": {"http_port": 0, "grpc_port": 0, **router}})
+    return settings(model, router={"http_port": 0, "grpc_port": 0, **router})
+
+
+def settings(model: Path, **changes: Any) -> BatonConfig:
+    free = {"router": {"http_port": 0, "grpc_port": 0}}
+    return BatonConfig.model_validate({"model": str(model), "kv_memory": "16MiB", **free, **changes})
 
 
 def test_parameters_are_counted_from_the_headers_of_all_files(checkpoint_dir: Path) -> None:
-    assert read_checkpoint(checkpoint_dir) == Checkpoint(num_params=32 + 1 + 10, num_expert_params=10, dtype="bfloat16")
+    assert read_checkpoint(checkpoint_dir) == Checkpoint(num_params=32 + 1 + 10, num_expert_params=10, num_table_params=32)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])
@@ -58,7 +82,7 @@ def test_no_directory_and_no_weights_are_refused(checkpoint_dir: Path) -> None:
         read_checkpoint(checkpoint_dir)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a header", b"\xff" * 64])
+@pytest.mark.parametrize("content", [b"", b"not a header", b"\xff" * 64, b"\2" + bytes(7) + b"[]"])
 def test_a_broken_weights_file_is_named(checkpoint_dir: Path, content: bytes) -> None:
     (checkpoint_dir / "model-00002-of-00002.safetensors").write_bytes(content)
     with pytest.raises(ConfigError, match=r"model-00002-of-00002\.safetensors is not a readable"):
@@ -102,3 +126,35 @@ def test_more_memory_than_there_is_is_refused(checkpoint_dir: Path) -> None:
 def test_the_machine_has_something_to_offer() -> None:
     assert available_cores() >= 1
     assert available_memory_bytes() > 0
+
+
+REFUSALS = [
+    ({"architectures": ["MambaForCausalLM"]}, {}, "MambaForCausalLM is not supported; supported are"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {}, "rope type 'dynamic' is not supported; supported are"),
+    ({"quantization_config": {"quant_method": "awq"}}, {}, "quant_method 'awq'"),
+    ({}, {"decode": {"dp": 2, "tp": 2}}, "decode node of dp=2 x tp=2: num_experts=9 does not divide by 4 ranks"),
+    ({}, {"prefill": {"tp": 2}}, "prefill node of tp=2: num_experts=9 does not divide by 2 ranks"),
+    ({}, {"max_model_len": 1025}, "max_model_len 1025 is beyond the model's 1024 positions"),
+]
+
+
+@pytest.mark.parametrize("check", [check_before_start, check_before_connecting])
+@pytest.mark.parametrize(("changes", "asked", "said"), REFUSALS)
+def test_what_config_json_can_tell_is_refused_before_anything_starts(
+    checkpoint_dir: Path, check: Any, changes: dict[str, Any], asked: dict[str, Any], said: str
+) -> None:
+    (checkpoint_dir / "config.json").write_text(json.dumps({**TINY, **changes}))
+    with pytest.raises(ConfigError, match=said):
+        check(settings(checkpoint_dir, **asked))
+
+
+def test_a_model_that_lies_on_other_machines_only_is_left_to_them(tmp_path: Path) -> None:
+    assert check_before_connecting(config(tmp_path / "elsewhere")).model == str(tmp_path / "elsewhere")
+
+
+def test_checking_needs_neither_torch_nor_ray() -> None:
+    program = (
+        "import sys, cluster.machine, cluster.kept, cluster.fingerprint\n"
+        "assert not {'ray', 'torch', 'transformers'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

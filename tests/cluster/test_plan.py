@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.config import BatonConfig
+from baton.engine.config_json import spec_from_config
+from baton.engine.spec import ModelSpec
 from baton.errors import ConfigError
 from cluster.plan import (
     RANK_RESOURCE,
@@ -18,11 +22,15 @@ from cluster.plan import (
     memory_needed,
     rank_plans,
     refuse_overcommit,
+    refuse_unfit,
     threads_per_rank,
     weight_bytes_per_rank,
 )
+from tests.mission_configs import CONFIGS
 
 small = st.integers(1, 4)
+BFLOAT16 = spec_from_config(CONFIGS["Qwen3-30B-A3B"])
+specs = st.sampled_from([BFLOAT16, replace(BFLOAT16, dtype="float32"), replace(BFLOAT16, quantization="w8a8")])
 
 
 @st.composite
@@ -40,8 +48,8 @@ def configs(draw: st.DrawFn) -> BatonConfig:
 
 @st.composite
 def checkpoints(draw: st.DrawFn) -> Checkpoint:
-    total = draw(st.integers(0, 10**12))
-    return Checkpoint(total, draw(st.integers(0, total)), draw(st.sampled_from(["float32", "bfloat16", "int8"])))
+    experts, tables, rest = (draw(st.integers(0, 10**12)) for _ in range(3))
+    return Checkpoint(experts + tables + rest, experts, tables)
 
 
 hosts = st.builds(
@@ -89,30 +97,49 @@ def test_threads_asked_for_are_given_and_others_share_the_cores(config: BatonCon
     assert shared * config.num_ranks <= max(cores, config.num_ranks)
 
 
-@given(configs(), checkpoints())
-def test_weights_are_cut_but_never_lost(config: BatonConfig, checkpoint: Checkpoint) -> None:
+@given(configs(), checkpoints(), specs)
+def test_weights_are_cut_but_never_lost(config: BatonConfig, checkpoint: Checkpoint, spec: ModelSpec) -> None:
     for role, num_ranks in (("prefill", config.prefill.tp), ("decode", config.decode.dp * config.decode.tp)):
-        per_rank = weight_bytes_per_rank(config, checkpoint, role)  # type: ignore[arg-type]
-        assert per_rank * num_ranks >= checkpoint.num_params * 2
-        assert per_rank <= checkpoint.num_params * 4 + 2 * 4
+        per_rank = weight_bytes_per_rank(config, checkpoint, spec, role)  # type: ignore[arg-type]
+        weight_bytes = 1 if spec.quantization else spec.dtype_bytes
+        unquantized = (spec.dtype_bytes - weight_bytes) * checkpoint.num_table_params
+        assert per_rank * num_ranks >= checkpoint.num_params * weight_bytes + unquantized
+        assert per_rank <= checkpoint.num_params * weight_bytes + unquantized + 3 * spec.dtype_bytes
 
 
-@given(configs(), checkpoints())
-def test_a_refusal_comes_exactly_below_the_need(config: BatonConfig, checkpoint: Checkpoint) -> None:
-    need = memory_needed(config, checkpoint)
+@given(configs(), checkpoints(), specs)
+def test_a_refusal_comes_exactly_below_the_need(config: BatonConfig, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    need = memory_needed(config, checkpoint, spec)
     assert need > config.num_ranks * config.kv_memory
-    refuse_overcommit(config, checkpoint, need)
+    refuse_overcommit(config, checkpoint, spec, need)
     with pytest.raises(ConfigError, match="lower kv_memory"):
-        refuse_overcommit(config, checkpoint, need - 1)
+        refuse_overcommit(config, checkpoint, spec, need - 1)
 
 
 def test_a_refusal_has_the_numbers() -> None:
     config = BatonConfig.model_validate({"model": "m", "kv_memory": "2GiB", "prefill": {"tp": 2}, "decode": {"dp": 2}})
     with pytest.raises(ConfigError) as refusal:
-        refuse_overcommit(config, Checkpoint(2**29, 0, "bfloat16"), 8 * 2**30)
+        refuse_overcommit(config, Checkpoint(2**29), BFLOAT16, 8 * 2**30)
     assert "8.00 GiB of memory available" in refusal.value.message
     assert "4 ranks x 2.00 GiB KV cache" in refusal.value.message
     assert "3.00 GiB weights in all" in refusal.value.message  # 1 GiB on prefill, cut in two; 1 GiB on each decode group
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prefill": {"tp": 3}}, "prefill node of tp=3: num_attention_heads=32 does not divide by 3 ranks"),
+        ({"decode": {"tp": 3}}, "decode node of dp=1 x tp=3: num_attention_heads=32 does not divide by 3 ranks"),
+        ({"decode": {"dp": 3}}, "decode node of dp=3 x tp=1: num_experts=128 does not divide by 3 ranks"),
+        ({"prefill": {"tp": 32, "moe": "tensor"}, "max_model_len": 40961}, "max_model_len 40961 is beyond the model's 40960 positions"),
+        ({"kv_memory": "1MiB"}, "kv_memory of 1048576 bytes holds 0 blocks of 16 tokens"),
+        ({"kv_memory": "64MiB", "max_model_len": 4096}, "holds 42 blocks .* at least 256 are needed"),
+    ],
+)
+def test_what_no_rank_could_hold_is_refused_with_the_numbers(settings: dict[str, object], said: str) -> None:
+    refuse_unfit(BatonConfig.model_validate({"model": "m"}), BFLOAT16)
+    with pytest.raises(ConfigError, match=said):
+        refuse_unfit(BatonConfig.model_validate({"model": "m", **settings}), BFLOAT16)
 
 
 @given(st.lists(hosts, max_size=4), configs())

@@ -118,6 +118,25 @@ async def test_a_sequence_crosses_and_finishes(prefill: InProcess, decode: InPro
     assert not relay.decode.errors and not relay.prefill.errors
 
 
+async def test_flushing_frees_what_nobody_uses_on_both_sides(prefill: InProcess, decode: InProcess) -> None:
+    """The prompt of a sequence that is being generated stays where it is; one that has ended is cached, and then forgotten."""
+    relay = await Relay.connect(prefill, decode)
+    decode.host.pause()
+    await relay.send("a", 50, max_tokens=6)
+    await eventually(lambda: decode.host.in_step, "a step")
+    assert await relay.decode.flush(1) == 0
+    decode.host.resume()
+    await eventually(lambda: relay.decode.finished("a") and prefill.idle, "the last token")
+    assert await relay.prefill.flush(2) == await relay.decode.flush(3) == 3
+    for rank in (prefill, decode):
+        assert (rank.life.counts().cached, rank.life.counts().free) == (0, rank.host.num_blocks)
+        rank.leader.pool.check()
+    await relay.send("again", 50, max_tokens=6)
+    await eventually(lambda: relay.decode.finished("again"), "the same, computed again")
+    assert relay.decode.ids("again") == relay.decode.ids("a")
+    assert [event.cached_tokens for event in relay.prefill.tokens] == [0, 0]
+
+
 async def test_blocks_freed_by_the_end_of_a_step_let_the_next_one_in(prefill: InProcess, decode: InProcess) -> None:
     """The first is cancelled during a step: its blocks are free only after it, and nothing else happens then."""
     relay = await Relay.connect(prefill, decode)

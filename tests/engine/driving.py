@@ -119,6 +119,7 @@ class Job:
     dp_size: int
     coupled: bool
     asks: tuple[tuple[Ask, ...], ...]
+    split_experts: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -180,7 +181,7 @@ def _be_rank(rank: int, jobs: Sequence[Job], ports: Sequence[int], answers: Any)
 
 def _play(rank: int, job: Job, port: int) -> list[Tokens] | None:
     """One rank's part in a job; what a leader's asks came to."""
-    placement = Placement.of(rank, job.tp_size, job.dp_size, job.coupled)
+    placement = Placement.of(rank, job.tp_size, job.dp_size, job.coupled, job.split_experts)
     groups = Groups.connect(placement, "127.0.0.1", port, TIMEOUT_S)
     runner = make_runner(job.model_dir, placement, groups)
     runner.warm_up()

@@ -176,11 +176,28 @@ def test_dropping_the_cache_leaves_held_blocks_alone():
     pool = BlockPool(4, SIZE)
     held = filled(pool, [9, 9], release=False)
     filled(pool, [1, 1, 2, 2])
-    pool.drop_cache()
+    assert pool.drop_cache() == 2
     pool.check()
     assert pool.counts() == BlockCounts(total=4, free=3, cached=0, held=1, quarantined=0)
     pool.release(held)
     assert pool.counts().cached == 1
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=10), max_size=4), st.integers(0, 4))
+def test_nothing_is_found_after_the_cache_was_dropped_but_what_is_held(prompts, num_held):
+    pool = BlockPool(40, SIZE)
+    for prompt in prompts:
+        filled(pool, prompt)
+    held = pool.match(chain_hashes(prompts[0], SIZE), limit=num_held) if prompts else ()
+    cached = pool.counts().cached
+    assert (pool.drop_cache(), pool.drop_cache()) == (cached, 0)
+    pool.check()
+    for prompt in prompts:
+        hashes = chain_hashes(prompt, SIZE)
+        shared = sum(1 for mine, other in zip(hashes, chain_hashes(prompts[0], SIZE), strict=False) if mine == other)
+        assert pool.peek(hashes) == min(shared, len(held))
+    pool.release(held)
+    assert pool.counts().cached == len(held)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -296,8 +313,11 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.pool.counts().cached)
     @rule()
     def drop_cache(self):
-        self.pool.drop_cache()
-        assert self.pool.counts().cached == 0
+        before = self.pool.counts()
+        assert self.pool.drop_cache() == before.cached
+        after = self.pool.counts()
+        assert (after.free, after.cached) == (before.free + before.cached, 0)
+        assert (after.held, after.quarantined) == (before.held, before.quarantined)
 
     @invariant()
     def sound(self):

@@ -43,6 +43,14 @@ def test_every_head_expert_and_column_has_one_owner(tp_size: int, dp_size: int, 
         assert [item for place in group for item in share(place, each * tp_size)] == list(range(each * tp_size))
     node = places(tp_size, dp_size, True)
     assert [item for place in node for item in place.experts(each * len(node))] == list(range(each * len(node)))
+    assert all(place.expert_columns(each) == range(each) for place in group + node), "experts are whole"
+
+
+@given(sizes, st.integers(1, 9), st.integers(1, 6))
+def test_every_column_of_every_split_expert_has_one_owner(tp_size: int, num_experts: int, each: int) -> None:
+    group = [Placement.of(rank, tp_size, split_experts=True) for rank in range(tp_size)]
+    assert all(place.experts(num_experts) == range(num_experts) for place in group)
+    assert [column for place in group for column in place.expert_columns(each * tp_size)] == list(range(each * tp_size))
 
 
 @given(sizes, st.integers(1, 1000))
@@ -68,7 +76,7 @@ def test_replicated_kv_heads_are_those_of_the_query_heads(kv_heads: int, replica
         (Placement.kv_heads, 8, "num_key_value_heads=8 does not divide by 3 ranks"),
         (Placement.kv_heads, 2, "num_key_value_heads=2 neither divides by tp=3 nor into it"),
         (Placement.columns, 100, "intermediate_size=100 does not divide by 3 ranks"),
-        (Placement.experts, 64, "num_experts=64 does not divide by 3 ranks"),
+        (Placement.experts, 64, "num_experts=64 does not divide by 3 ranks; choose a tp that divides it, or prefill.moe: tensor"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_numbers(share: Callable[[Placement, int], range], total: int, message: str) -> None:
@@ -76,21 +84,41 @@ def test_what_does_not_divide_is_refused_with_numbers(share: Callable[[Placement
         share(Placement.of(0, 3), total)
 
 
+def test_experts_that_do_not_divide_are_refused_with_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"num_experts=64 does not divide by 6 ranks; dp \* tp must divide it"):
+        Placement.of(0, 2, 3, coupled=True).experts(64)
+    with pytest.raises(ConfigError, match="moe_intermediate_size=100 does not divide by 3 ranks; .*, or prefill.moe: experts"):
+        Placement.of(0, 3, split_experts=True).expert_columns(100)
+
+
 def test_two_ranks_equal_transformers(tiny: Tiny) -> None:
-    """Tensor-parallel groups of every architecture; experts over two data-parallel ranks, one of which has nothing to do."""
+    """Tensor-parallel groups of every architecture; experts whole and split, and over two data-parallel ranks, one with nothing to do."""
     many, few, none = tuple(asks(2, (1, 9, 30), num_tokens=6)), tuple(asks(3, (5,), num_tokens=3)), ()
     jobs = [Job(tiny(arch), 2, 1, coupled=False, asks=(many,)) for arch in ARCHITECTURES]
     jobs += [Job(tiny("qwen3_moe"), 1, 2, coupled=True, asks=groups) for groups in ((many, few), (none, many), (none, none))]
     jobs += [Job(tiny("qwen3_moe"), 2, 1, coupled=True, asks=(many,))]
+    jobs += [Job(tiny("qwen3_moe"), 2, 1, coupled=False, asks=(many,), split_experts=True)]
+    check(jobs, map(run_in_threads, jobs))
+
+
+def test_four_ranks_equal_transformers(tiny: Tiny) -> None:
+    """More tensor-parallel ranks than KV heads, experts split over them, and both kinds of parallelism at once."""
+    many, few = tuple(asks(6, (1, 20), num_tokens=4)), tuple(asks(5, (5,), num_tokens=3))
+    jobs = [Job(tiny("llama"), 4, 1, coupled=False, asks=(many,))]
+    jobs += [Job(tiny("qwen3_moe"), 4, 1, coupled=False, asks=(many,), split_experts=True)]
+    jobs += [Job(tiny("qwen3_moe"), 2, 2, coupled=True, asks=(many, few))]
     check(jobs, map(run_in_threads, jobs))
 
 
 @pytest.mark.relay
-def test_four_ranks_equal_transformers(tiny: Tiny) -> None:
-    """Both kinds of parallelism at once, and more tensor-parallel ranks than KV heads."""
+def test_four_processes_equal_transformers(tiny: Tiny) -> None:
+    """Every layout of four ranks."""
     many, few = tuple(asks(4, (1, 9, 30))), tuple(asks(5, (5,), num_tokens=3))
     jobs = [Job(tiny("qwen3_moe"), 2, 2, coupled=True, asks=groups) for groups in ((many, few), ((), many))]
-    jobs += [Job(tiny("llama"), 4, 1, coupled=False, asks=(many,)), Job(tiny("qwen2"), 2, 2, coupled=False, asks=(many, few))]
+    jobs += [Job(tiny("qwen3_moe"), 4, 1, coupled=False, asks=(many,), split_experts=split) for split in (False, True)]
+    jobs += [Job(tiny("qwen3_moe"), 1, 4, coupled=True, asks=(few, (), many, ()))]
+    jobs += [Job(tiny(arch), 4, 1, coupled=False, asks=(many,)) for arch in ("llama", "qwen2")]
+    jobs += [Job(tiny("qwen2"), 2, 2, coupled=False, asks=(many, few))]
     check(jobs, run_in_processes(jobs))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from baton.engine import weights
+from baton.engine import checkpoint, weights
 from baton.engine.config_json import load_spec
 from baton.engine.devices import open_device
 from baton.engine.layers import Decoder
@@ -87,13 +87,13 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds neither"):
         checkpoint_files(tmp_path)
-    (tmp_path / weights.INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    (tmp_path / checkpoint.INDEX).write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
     save_file({"a": torch.zeros(1)}, tmp_path / "one.safetensors")
     with pytest.raises(ConfigError, match=r"missing: two\.safetensors"):
         checkpoint_files(tmp_path)
 
 
 def test_a_broken_file_is_an_error_of_the_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
-    (tmp_path / weights.SINGLE).write_bytes((tiny("llama") / weights.SINGLE).read_bytes()[:-100])
+    (tmp_path / checkpoint.SINGLE).write_bytes((tiny("llama") / checkpoint.SINGLE).read_bytes()[:-100])
     with pytest.raises(ConfigError, match="cannot be read"):
         weights.load(tmp_path, [piece("a", 1)])

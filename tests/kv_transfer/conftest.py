@@ -23,12 +23,11 @@ def layout() -> Callable[..., KVLayout]:
         layers: range = range(3),
         heads: range = range(4),
         block_size: int = 2,
-        num_parts: int = 2,
-        head_dim: int = 4,
+        part_dims: tuple[int, ...] = (4, 4),
         dtype: str = "float32",
         model: tuple[int, int] = (3, 4),
     ) -> KVLayout:
-        sizes = (num_blocks, block_size, layers.start, len(layers), num_parts, heads.start, len(heads), head_dim)
+        sizes = (num_blocks, block_size, layers.start, len(layers), part_dims, heads.start, len(heads))
         return KVLayout(axes, *sizes, dtype, *model)
 
     return make

@@ -33,4 +33,9 @@ def serve(layouts: list[KVLayout]) -> None:
 
 
 if __name__ == "__main__":
-    serve([KVLayout(**fields | {"axes": tuple(fields["axes"])}) for fields in json.loads(sys.argv[1])])
+    serve(
+        [
+            KVLayout(**fields | {"axes": tuple(fields["axes"]), "part_dims": tuple(fields["part_dims"])})
+            for fields in json.loads(sys.argv[1])
+        ]
+    )

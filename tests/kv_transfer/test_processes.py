@@ -64,7 +64,7 @@ class SourceProcess:
 @pytest.fixture
 def sources(no_leaks: None, layout: Make) -> Iterator[SourceProcess]:
     """Two ranks that split the heads, 64 blocks of 24 KiB each."""
-    made = SourceProcess([layout(num_blocks=64, heads=heads, head_dim=256) for heads in (range(2), range(2, 4))])
+    made = SourceProcess([layout(num_blocks=64, heads=heads, part_dims=(256, 256)) for heads in (range(2), range(2, 4))])
     yield made
     if made.process.poll() is None:
         made.signal(signal.SIGCONT)
@@ -79,7 +79,7 @@ class TargetRank:
         self.layout = layout
         self.thread = TransferThread()
         self.buffer = bytearray(layout.nbytes)
-        self.reader = Reader(self.thread, memoryview(self.buffer), layout, transport=transport, target_index=index, num_targets=2)
+        self.reader = Reader(self.thread, memoryview(self.buffer), layout, transport=transport, earlier=[layout] * index)
 
     def read(self, source_blocks: list[int], target_blocks: list[int], seconds: float = SOON) -> int:
         generations = [100 + block for block in source_blocks]
@@ -87,7 +87,7 @@ class TargetRank:
 
     def piece(self, block: int, layer: int, part: int, head: int) -> bytes:
         at = self.layout.offset(block, layer, part, head)
-        return bytes(self.buffer[at : at + self.layout.piece_bytes])
+        return bytes(self.buffer[at : at + self.layout.piece_bytes(part)])
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def target(sources: SourceProcess, layout: Make) -> Iterator[Callable[..., Targe
     made: list[TargetRank] = []
 
     def make(transport: Transport, heads: range = range(4), connected: bool = True) -> TargetRank:
-        made.append(TargetRank(layout(num_blocks=48, heads=heads, head_dim=256), transport, len(made)))
+        made.append(TargetRank(layout(num_blocks=48, heads=heads, part_dims=(256, 256)), transport, len(made)))
         if connected:
             assert made[-1].reader.connect(A, sources.exports, Deadline.after(SOON)).transport == transport
         return made[-1]
@@ -118,7 +118,7 @@ def test_two_ranks_to_two_ranks(
             for layer, part, head in ((layer, part, head) for layer in range(3) for part in range(2) for head in rank.layout.heads):
                 owner = head // 2
                 at = sources.layouts[owner].offset(source_block, layer, part, head)
-                assert rank.piece(target_block, layer, part, head) == sources.data[owner][at : at + rank.layout.piece_bytes]
+                assert rank.piece(target_block, layer, part, head) == sources.data[owner][at : at + rank.layout.piece_bytes(part)]
         untouched = set(range(48)) - set(target_blocks)
         assert not any(any(rank.piece(block, 0, 0, rank.layout.head_start)) for block in untouched)
 

@@ -3,16 +3,20 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import fields
 
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from baton import rpc
+from baton.config import PROTOCOL_VERSION
 from baton.deadline import Deadline
 from baton.errors import Cancelled, DeadlineExceeded, Incompatible, InvalidRequest, LeaseLost, NodeLost
 from baton.request import FinishReason, TokenLogprob
-from baton.v1 import transfer_pb2, transfer_pb2_grpc
-from kv_transfer.client import Pull, PullClient, export_of, layout_of
+from baton.v1 import node_pb2, transfer_pb2, transfer_pb2_grpc
+from kv_transfer.client import Lines, Pull, PullClient, export_of, layout_of, surplus
 from kv_transfer.layout import KVLayout
 from kv_transfer.lease import Announced, FinalToken, LeaseState
 from kv_transfer.server import TransferService, export_message, layout_message
@@ -266,11 +270,23 @@ async def test_another_incarnation_or_protocol_is_refused(source: Source, client
         assert [reply.error.cause async for reply in call] == ["incompatible"]
 
 
+async def test_a_puller_of_another_protocol_is_told_both_versions_and_does_not_try_again(source: Source) -> None:
+    """As a puller from an older version meets it: no other lease would help."""
+    source.service.open(1, soon())
+    lines = Lines(rpc.open_channel, 1)
+    opening = transfer_pb2.PullOpen(attempt=1, protocol_version=PROTOCOL_VERSION + 1)
+    with pytest.raises(Incompatible, match=f"protocol {PROTOCOL_VERSION + 1}, this node {PROTOCOL_VERSION}") as caught:
+        async with Pull(lines, source.address, opening, 5.0, soon()):
+            raise AssertionError("entered")
+    assert (caught.value.retryable, caught.value.node) == (False, "prefill-7")
+    await lines.close()
+
+
 async def test_nonsense_on_the_stream_is_refused(make: Callable[..., Awaitable[Source]]) -> None:
     source = await make(handshake_s=0.1, drain_s=0.1)
     source.service.open(1, soon())
     release = transfer_pb2.PullRequest(release=transfer_pb2.PullRelease(attempt=1))
-    opening = transfer_pb2.PullRequest(open=transfer_pb2.PullOpen(attempt=1, protocol_version=1))
+    opening = transfer_pb2.PullRequest(open=transfer_pb2.PullOpen(attempt=1, protocol_version=PROTOCOL_VERSION))
     opening.open.lease.prefill_incarnation, opening.open.lease.number = A, 1
     async with rpc.open_channel(source.address) as channel:
         stub = transfer_pb2_grpc.TransferStub(channel)
@@ -294,11 +310,12 @@ async def test_a_node_that_is_not_there_is_lost(source: Source, client: PullClie
             raise AssertionError("entered")
 
 
-async def test_a_node_that_goes_down_or_is_forgotten_during_a_pull_is_lost(source: Source, client: PullClient) -> None:
+async def test_a_node_that_goes_down_during_a_pull_is_lost_and_so_is_one_whose_channel_is_closed(
+    source: Source, client: PullClient
+) -> None:
     source.service.open(1, soon())
     async with pull(client, source) as stream:
-        await client.forget(source.address)
-        await client.forget(source.address)
+        await client.close()
         with pytest.raises((NodeLost, asyncio.CancelledError)):
             await anext(stream)
     async with pull(client, source, attempt=2) as stream:
@@ -318,6 +335,36 @@ async def test_a_peer_that_accepts_but_never_answers_is_lost() -> None:
             async with client.pull(f"127.0.0.1:{silent.getsockname()[1]}", A, 1, 1, 0, Deadline.after(0.05)):
                 raise AssertionError("entered")
         await client.close()
+
+
+@given(st.dictionaries(st.text(max_size=3), st.integers(0, 2), max_size=8), st.integers(0, 6))
+def test_surplus_lines_are_idle_oldest_first_and_no_more_than_needed(open_pulls: dict[str, int], most: int) -> None:
+    gone = surplus(open_pulls, most)
+    idle = [address for address in open_pulls if not open_pulls[address]]
+    assert list(gone) == idle[: len(gone)]
+    assert len(gone) == min(len(idle), max(0, len(open_pulls) - most))
+
+
+async def test_channels_to_nodes_that_came_and_went_are_closed(make: Callable[..., Awaitable[Source]]) -> None:
+    """Least recently used first, those in use never, also after Pulls that could not begin; a closed one is opened anew."""
+    sources = [await make() for _ in range(4)]
+    client = PullClient(max_channels=2)
+    for source in sources:
+        source.service.open(1, soon())
+    async with pull(client, sources[0]) as oldest, pull(client, sources[1]), pull(client, sources[2]):
+        with pytest.raises(LeaseLost, match="incarnation"):
+            async with client.pull(sources[3].address, B, 1, 1, 0, soon()):
+                raise AssertionError("entered")
+        assert client.num_channels == 3, "those in use are kept, whatever the limit"
+        sources[0].service.announce(1, 0, [(7, 70)], FINAL)
+        assert await anext(oldest) == Announced(0, (7,), (70,), FINAL)
+        await oldest.release()
+    assert client.num_channels == 2
+    async with pull(client, sources[3]):
+        assert client.num_channels == 3
+    assert client.num_channels == 2
+    await client.close()
+    assert client.num_channels == 0
 
 
 async def test_nothing_announced_in_time(source: Source, client: PullClient) -> None:
@@ -364,7 +411,13 @@ def test_layouts_and_exports_survive_the_wire(layout: Callable[..., KVLayout]) -
     broken.nonce = b"short"
     with pytest.raises(Incompatible):
         export_of(broken)
-    nonsense = layout_message(layout())
-    nonsense.num_heads = 99
+    latent = layout(heads=range(1), part_dims=(512, 64))
+    assert layout_of(layout_message(latent)) == latent
+
+
+@pytest.mark.parametrize("change", [{"num_heads": 99}, {"part_dims": []}, {"part_dims": [4, 0]}, {"axes": ["block"]}, {"dtype": "int3"}])
+def test_a_layout_that_describes_nothing_is_refused(layout: Callable[..., KVLayout], change: dict[str, object]) -> None:
+    sound = {field.name: getattr(layout(), field.name) for field in fields(KVLayout)}
+    assert layout_of(node_pb2.KVLayout(**sound)) == layout()
     with pytest.raises(Incompatible):
-        layout_of(nonsense)
+        layout_of(node_pb2.KVLayout(**sound | change))

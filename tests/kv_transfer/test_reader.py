@@ -61,7 +61,7 @@ class Pair:
             for layer, part, head in ((x, p, h) for x in layout.layers for p in range(layout.num_parts) for h in layout.heads):
                 rank = next(rank for rank, owner in enumerate(self.layouts) if owner.owns(layer, head))
                 at, to = self.layouts[rank].offset(source, layer, part, head), layout.offset(target, layer, part, head)
-                wanted[to : to + layout.piece_bytes] = self.pools[rank].data[at : at + layout.piece_bytes]
+                wanted[to : to + layout.piece_bytes(part)] = self.pools[rank].data[at : at + layout.piece_bytes(part)]
         assert self.target == wanted
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ def test_random_blocks_arrive_where_the_plan_says(
 ) -> None:
     full = (*axes, "slot", "dim")
     sources = [layout(full, 12, heads=part) for part in heads]
-    made = pair(transport, sources, layout(full, 9, heads=wanted), target_index=1, num_targets=3)
+    made = pair(transport, sources, layout(full, 9, heads=wanted), earlier=[layout(full, 9, heads=wanted)])
     source_blocks, target_blocks = [3, 4, 11, 0, 7], [0, 1, 8, 4, 5]
     for rank, pool in enumerate(made.pools):  # replicas hold the same
         pool.data[:] = made.pools[next(first for first, part in enumerate(heads) if part == heads[rank])].data
@@ -112,7 +112,7 @@ def test_random_blocks_arrive_where_the_plan_says(
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_large_reads_in_many_pieces(pair: Callable[..., Pair], layout: Make, transport: Transport) -> None:
-    big = {"num_blocks": 16, "head_dim": 256, "block_size": 64}  # 64 KiB pieces, 1.5 MiB a block
+    big = {"num_blocks": 16, "part_dims": (256, 256), "block_size": 64}  # 64 KiB pieces, 1.5 MiB a block
     made = pair(transport, [layout(heads=range(2), **big), layout(heads=range(2, 4), **big)], layout(**big))
     order = np.random.default_rng(1).permutation(16)
     source_blocks, target_blocks = order[:12].tolist(), order[::-1][:12].tolist()
@@ -122,7 +122,7 @@ def test_large_reads_in_many_pieces(pair: Callable[..., Pair], layout: Make, tra
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_many_reads_at_once(pair: Callable[..., Pair], layout: Make, transport: Transport) -> None:
-    made = pair(transport, [layout(num_blocks=64, head_dim=64)], layout(num_blocks=64, head_dim=64))
+    made = pair(transport, [layout(num_blocks=64, part_dims=(64, 64))], layout(num_blocks=64, part_dims=(64, 64)))
     tickets = [made.reader.read(A, [block], [100 + block], [63 - block], Deadline.after(SOON)) for block in range(64)]
     assert {ticket.wait(Deadline.after(SOON)) for ticket in tickets} == {made.target_layout.block_bytes}
     made.check(range(64), range(63, -1, -1))
@@ -142,7 +142,7 @@ def test_other_content_than_announced_is_refused(pair: Callable[..., Pair], layo
 
 @pytest.mark.parametrize("transport", ["loopback", "shm"])
 def test_content_that_changes_during_the_read_is_refused(pair: Callable[..., Pair], layout: Make, transport: Transport) -> None:
-    big = {"num_blocks": 24, "head_dim": 256, "block_size": 64}
+    big = {"num_blocks": 24, "part_dims": (256, 256), "block_size": 64}
     made = pair(transport, [layout(**big)], layout(**big))
     thread = made.threads[1]
 
@@ -255,7 +255,7 @@ def test_a_way_that_is_demanded_is_not_replaced(pair: Callable[..., Pair], layou
         (replace(export, shm_socket="@baton-nobody-listens-here"), Unavailable),
         (replace(export, nonce=bytes(16)), Incompatible),
         (replace(export, pool_bytes=7), Incompatible),
-        (replace(export, layout=layout(head_dim=2), pool_bytes=layout(head_dim=2).nbytes), Incompatible),
+        (replace(export, layout=layout(part_dims=(2, 2)), pool_bytes=layout(part_dims=(2, 2)).nbytes), Incompatible),
     ]:
         with pytest.raises(error):
             made.reader.connect(A, [changed], Deadline.after(SOON))

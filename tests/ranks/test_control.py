@@ -22,7 +22,7 @@ from ranks.facts import GroupHello
 from ranks.session import MAX_BACKLOG, GroupLoad, Key, Session
 from tests.relay.inprocess import Stream, eventually
 
-LAYOUT = KVLayout(("block", "layer", "part", "head", "slot", "dim"), 4, 4, 0, 1, 2, 0, 1, 4, "float32", 1, 1)
+LAYOUT = KVLayout(("block", "layer", "part", "head", "slot", "dim"), 4, 4, 0, 1, (4, 4), 0, 1, "float32", 1, 1)
 
 
 class Group(node_pb2_grpc.PrefillNodeServicer):
@@ -41,7 +41,7 @@ class Group(node_pb2_grpc.PrefillNodeServicer):
 
     def hello(self) -> GroupHello:
         """See Leader."""
-        return GroupHello("group", 0, b"i" * 16, "model", "float32", 64, LAYOUT, ())
+        return GroupHello("group", 0, b"i" * 16, "model", "float32", "", 64, LAYOUT, ())
 
     def load(self) -> GroupLoad:
         """See Leader."""

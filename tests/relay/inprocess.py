@@ -131,6 +131,7 @@ class Stream:
         self.tokens: list[TokenEvent] = []
         self.accepted: list[tuple[str, int]] = []
         self.errors: dict[tuple[str, int], node_pb2.SequenceError] = {}
+        self.flushed: dict[int, int] = {}
         self.ended = False
 
     async def open(self) -> None:
@@ -169,6 +170,12 @@ class Stream:
         """End all attempts of a request."""
         await self.say(cancel=node_pb2.Cancel(request_id=request_id, attempt=attempt, reason="test"))
 
+    async def flush(self, number: int) -> int:
+        """Have cached blocks forgotten; how many were."""
+        await self.say(flush=node_pb2.FlushCache(number=number))
+        await eventually(lambda: number in self.flushed, "the answer to a flush")
+        return self.flushed[number]
+
     def ids(self, request_id: str) -> dict[int, int]:
         """Tokens heard of a request, by output index."""
         return {e.output_index + i: t for e in self.tokens if e.request_id == request_id for i, t in enumerate(e.token_ids)}
@@ -195,6 +202,7 @@ class Stream:
             self.hello = event.hello
         self.tokens += (token_event_from_message(token) for token in event.tokens)
         self.accepted += ((item.request_id, item.attempt) for item in event.accepted)
+        self.flushed |= {item.number: item.blocks for item in event.flushed}
         self.errors |= {(item.request_id, item.attempt): item for item in event.errors}
 
 

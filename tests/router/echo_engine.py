@@ -10,10 +10,11 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from baton.detokenizer import Detokenizer, StopStrings
-from baton.errors import BatonError
+from baton.errors import BatonError, NotFound
 from baton.request import Chunk, FinishReason, GenerateRequest, TokenLogprob, Usage
 from baton.telemetry import RouterMetrics
 from baton.tokenizer import Tokenizer
+from router.flush import Flushed
 from router.schema import ModelCard
 
 MAX_MODEL_LEN = 512
@@ -53,6 +54,12 @@ class EchoEngine:
         while len(self.requests) < num_requests or len(self.ended) < num_ended:
             self._changed.clear()
             await self._changed.wait()
+
+    async def flush_cache(self, node: str = "") -> Flushed:
+        """Blocks of nodes that are not there."""
+        if node not in ("", "prefill-0"):
+            raise NotFound(f"there is no node {node!r}; known are prefill-0", stage="router")
+        return Flushed(1, 7)
 
     def ready(self) -> bool:
         """As told."""

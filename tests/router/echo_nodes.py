@@ -40,14 +40,16 @@ class Faults:
     """What goes wrong from now on; the ones with an index happen once.
 
     refuse: every new sequence ends with this error. fail_at: so does the one that reaches this output index.
-    die_at: the stream breaks when a sequence reaches this output index. stutter: every event is said twice, and the first one
-    of a sequence again with each later one. silent: sequences are taken and nothing is ever said about them.
+    die_at: the stream breaks when a sequence reaches this output index. die_at_flush: it does when the node is told to flush.
+    stutter: every event is said twice, and the first one of a sequence again with each later one.
+    silent: sequences and flushes are taken and nothing is ever said about them.
     mute: nothing at all is said any more, not even loads.
     """
 
     refuse: BatonError | None = None
     fail_at: tuple[int, BatonError] | None = None
     die_at: int | None = None
+    die_at_flush: bool = False
     stutter: bool = False
     silent: bool = False
     mute: bool = False
@@ -90,6 +92,8 @@ class EchoNode:
         self.cancelled: list[tuple[str, int]] = []
         self.leases: list[int] = []
         self.num_introductions = 0
+        self.cached_blocks = 0
+        self.flushes: list[int] = []
         self.sessions: list[Session] = []
         self.address = ""
         self._server: grpc.aio.Server | None = None
@@ -131,9 +135,8 @@ class EchoNode:
                 num_blocks=NUM_BLOCKS,
                 block_size=BLOCK_SIZE,
                 num_layers=1,
-                num_parts=2,
+                part_dims=(8, 8),
                 num_heads=1,
-                head_dim=8,
                 dtype="float32",
                 model_num_layers=1,
                 model_num_kv_heads=1,
@@ -194,6 +197,8 @@ class Session:
                     self._unsaid.accepted.append(node_pb2.Accepted(request_id=request.request_id, attempt=request.attempt))
             case "cancel":
                 self._cancel(command.cancel)
+            case "flush":
+                self._flush(command.flush.number)
 
     def _start(self, message: node_pb2.SequenceRequest, lease: int, runnable: bool) -> SequenceRequest:
         request = sequence_from_message(message)
@@ -209,6 +214,14 @@ class Session:
         code = grpc.StatusCode[error.status].value[0]
         detail = error_to_message(error)
         self._unsaid.errors.append(node_pb2.SequenceError(request_id=request.request_id, attempt=request.attempt, error=detail, code=code))
+
+    def _flush(self, number: int) -> None:
+        self._node.flushes.append(number)
+        if self._node.faults.die_at_flush:
+            raise ConnectionError("died on purpose")
+        if not self._node.faults.silent:
+            self._unsaid.flushed.append(node_pb2.CacheFlushed(number=number, blocks=self._node.cached_blocks))
+            self._node.cached_blocks = 0
 
     def _cancel(self, message: node_pb2.Cancel) -> None:
         self._node.cancelled.append((message.request_id, message.attempt))

@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import pytest
+
+from baton.errors import DeadlineExceeded, NodeLost, NotFound, Unavailable
 from baton.request import Sampling, SequenceRequest
+from router.flush import Flushed
 from router.heard import Heard
 from router.nodes import MAX_QUEUED_COMMANDS
 from tests.router.conftest import MakeDispatcher
+from tests.router.echo_nodes import EchoNode
 from tests.router.test_dispatch import nodes, until
 
 
@@ -45,3 +50,50 @@ async def test_a_load_that_says_nothing_new_wakes_nobody(make_dispatcher: MakeDi
         await asyncio.sleep(0)
         assert waiting.done() is woken
         waiting.cancel()
+
+
+async def test_a_flush_reaches_all_groups_asked_for_and_adds_up(make_dispatcher: MakeDispatcher) -> None:
+    prefill, decode = nodes()
+    second = EchoNode("decode", "decode-0", group=1)
+    dispatcher = await make_dispatcher(prefill, decode, second)
+    await until(lambda: all(group.up for group in dispatcher.fleet.registry.groups()), "all nodes")
+    prefill.cached_blocks, decode.cached_blocks, second.cached_blocks = 5, 7, 11
+    assert await dispatcher.flush_cache("decode-0") == Flushed(groups=2, blocks=18)
+    assert (prefill.cached_blocks, decode.cached_blocks, second.cached_blocks) == (5, 0, 0)
+    assert await dispatcher.flush_cache() == Flushed(groups=3, blocks=5)
+    with pytest.raises(NotFound, match="no node 'decode-9'; known are decode-0, prefill-0"):
+        await dispatcher.flush_cache("decode-9")
+
+
+async def test_a_node_that_dies_ends_the_flush_that_waits_for_it(make_dispatcher: MakeDispatcher) -> None:
+    """At once and with the reason: no timer is waited for, and nothing of it stays behind."""
+    prefill, decode = nodes()
+    dispatcher = await make_dispatcher(prefill, decode)
+    decode.faults.die_at_flush = True
+    with pytest.raises(NodeLost, match="died on purpose") as caught:
+        await dispatcher.flush_cache()
+    assert caught.value.retryable
+    assert not len(dispatcher.fleet.flushes)
+    decode.faults.die_at_flush = False
+    with pytest.raises(NodeLost, match="no stream"):
+        await dispatcher.flush_cache("decode-0")
+    assert await dispatcher.flush_cache() == Flushed(groups=1, blocks=0), "a node that is away is not asked among all"
+    await until(dispatcher.ready, "the node to be back")
+    assert (await dispatcher.flush_cache()).groups == 2
+
+
+async def test_a_flush_that_is_not_answered_ends_by_its_deadline_or_with_the_router(make_dispatcher: MakeDispatcher) -> None:
+    prefill, decode = nodes()
+    dispatcher = await make_dispatcher(prefill, decode)
+    fleet, group = dispatcher.fleet, dispatcher.fleet.registry.pairs()[0].decode
+    decode.faults.silent = True
+    with pytest.raises(DeadlineExceeded, match=r"within 0.05 s from decode-0/0"):
+        await fleet.flush_cache([group], 0.05)
+    assert not len(fleet.flushes)
+    fleet.heard(fleet.link(group), Heard(flushed=((decode.flushes[-1], 3),)))  # too late: dropped
+    waiting = asyncio.create_task(dispatcher.flush_cache())
+    await until(lambda: len(decode.flushes) == 2, "the command")
+    dispatcher.shut()
+    with pytest.raises(Unavailable, match="shutting down"):
+        await waiting
+    assert not len(fleet.flushes)

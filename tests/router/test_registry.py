@@ -12,12 +12,12 @@ from baton.request import BlockCounts
 from router.heard import GroupLoad, Hello, Layout, PullReport
 from router.registry import Group, GroupState, Registry, Role, refusal
 
-LAYOUT = Layout(("block", "layer", "part", "head", "slot", "dim"), 16, 2, 64, "bfloat16", 28, 4)
+LAYOUT = Layout(("block", "layer", "part", "head", "slot", "dim"), 16, (64, 64), "bfloat16", 28, 4)
 BUSY = GroupLoad(running_sequences=1, blocks=BlockCounts(8, 7, 0, 1, 0))
 
 
 def hello(node: str, group: int = 0, life: int = 1, **changes: object) -> Hello:
-    return replace(Hello(node, group, bytes([life]) * 16, 1, "abc123", "bfloat16", 4096, LAYOUT), **changes)
+    return replace(Hello(node, group, bytes([life]) * 16, 1, "abc123", "bfloat16", "", 4096, LAYOUT), **changes)
 
 
 def joined(registry: Registry, role: Role, node: str, **changes: object) -> Group:
@@ -52,10 +52,10 @@ def test_a_pair_is_usable_once_both_have_joined_and_it_is_proven() -> None:
         ({"dtype": "float32"}, "dtype: bfloat16 there, float32 here"),
         ({"layout": replace(LAYOUT, block_size=128)}, "block size: 16 there, 128 here"),
         ({"layout": replace(LAYOUT, axes=("block", "layer", "part", "slot", "head", "dim"))}, "part/slot/head/dim here"),
-        ({"layout": replace(LAYOUT, head_dim=128)}, "head_dim: 64 there, 128 here"),
+        ({"quantization": "w8a8"}, "quantization: none there, w8a8 here"),
         ({"layout": replace(LAYOUT, model_num_layers=2)}, "layers: 28 there, 2 here"),
         ({"layout": replace(LAYOUT, model_num_kv_heads=8)}, "KV heads: 4 there, 8 here"),
-        ({"layout": replace(LAYOUT, num_parts=1)}, "KV parts: 2 there, 1 here"),
+        ({"layout": replace(LAYOUT, part_dims=(128,))}, "KV parts: 64+64 there, 128 here"),
         ({"layout": replace(LAYOUT, dtype="float8")}, "KV dtype: bfloat16 there, float8 here"),
     ],
 )

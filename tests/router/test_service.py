@@ -172,7 +172,7 @@ async def test_what_the_model_asks_and_nobody_does_is_logged(tmp_path: Path, cap
 
 async def test_keys_are_asked_for_by_every_call(model_dir: Path) -> None:
     async with running(model_dir, api_keys=("first", "second")) as router:
-        for call in (router.client.complete(PROMPT), router.client.models(), router.client.status(), router.client.drain("x", 0)):
+        for call in (router.client.complete(PROMPT), router.client.models(), router.client.status(), router.client.drain("x", 0), router.client.flush_cache()):
             with pytest.raises(Unauthenticated):
                 await call
         async with Client(router.addresses["grpc"], api_key="wrong") as wrong:
@@ -201,6 +201,19 @@ async def test_status_models_and_drain(model_dir: Path) -> None:
         with pytest.raises(BatonError, match="0 of 1 decode") as caught:
             await router.client.complete(PROMPT, max_tokens=5, timeout_s=1.0)
         assert isinstance(caught.value, Unavailable)
+
+
+async def test_flushing_caches(model_dir: Path) -> None:
+    async with running(model_dir) as router, httpx.AsyncClient(base_url=f"http://{router.addresses['http']}") as http:
+        router.prefill.cached_blocks, router.decode.cached_blocks = 3, 4
+        assert await router.client.flush_cache("prefill-0") == 3
+        assert (await http.post("/flush_cache")).json() == {"groups": 2, "blocks": 4}
+        with pytest.raises(NotFound, match="known are decode-0, prefill-0"):
+            await router.client.flush_cache("prefill-9")
+        router.decode.faults.die_at_flush = True
+        with pytest.raises(Unavailable, match="died on purpose") as caught:
+            await router.client.flush_cache()
+        assert (caught.value.cause, caught.value.retryable) == ("node_lost", True)
 
 
 async def test_health_and_reflection(model_dir: Path) -> None:

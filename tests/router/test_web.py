@@ -350,6 +350,13 @@ async def test_models_health_and_metrics(http, engine, client):
     assert metrics.headers["content-type"] == CONTENT_TYPE and "baton_requests_running 0.0" in metrics.text
 
 
+async def test_flushing_caches(http):
+    assert (await http.post("/flush_cache")).json() == (await http.post("/flush_cache?node=prefill-0")).json() == {"groups": 1, "blocks": 7}
+    response = await http.post("/flush_cache", params={"node": "prefill-9"})
+    assert response.status_code == 404 and "known are prefill-0" in response.json()["error"]["message"]
+    assert (await http.get("/flush_cache")).status_code == 405
+
+
 async def test_unknown_model_path_and_method(http):
     response = await http.post("/v1/completions", json={"model": "other", "prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
