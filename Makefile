@@ -17,7 +17,7 @@ PIP := -m pip --disable-pip-version-check install -qq
 .DEFAULT_GOAL := check
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: setup proto format format-check lint types check test test-full demo clean
+.PHONY: setup proto format format-check lint types check test test-full demo bench-w8a8 clean
 
 setup: $(READY)
 
@@ -76,6 +76,9 @@ endif
 
 demo: $(READY)
 	@$(BIN)/python -m cluster.demo
+
+bench-w8a8: $(READY)
+	@$(BIN)/python -m bench.w8a8
 
 clean:
 	rm -rf build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -46,10 +47,10 @@ class Result:
 
 
 def print_result(console: Console, result: Result) -> None:
-    """Tables, then the targets."""
+    """Tables, then the targets. Narrow enough for 80 columns."""
     setup = result.setup
-    console.print(f"{setup.machine}", highlight=False, markup=False)
-    console.print(f"{setup.model} in bf16; w8a8 from {setup.w8a8_model}; text {setup.text}\n", highlight=False, markup=False)
+    _say(console, str(setup.machine))
+    _say(console, f"{setup.model} in bf16, w8a8 from {setup.w8a8_model}, text {setup.text}", "")
     _print_quality(console, result)
     if result.speed is not None:
         _print_speed(console, result.speed)
@@ -59,58 +60,57 @@ def print_result(console: Console, result: Result) -> None:
 
 def _print_quality(console: Console, result: Result) -> None:
     setup = result.setup
-    table = _table(
-        "compared with\n" + result.reference,
-        "same token\nforced",
-        "\non text",
-        "perplexity\n",
-        "\nratio",
-        "same beginning\nmean",
-        "\nmedian",
-        "\nwhole",
-    )
-    table.add_row(result.reference, "", "", f"{result.reference_perplexity:.4f}")
+    table = _table("", "agreed\nforced", "\ntext", "perplexity\n", "\nratio", "prefix\nmean", "\nmedian", "\nwhole")
+    table.add_row(result.reference, "", "", f"{result.reference_perplexity:.3f}")
     for found in result.comparisons:
         agreed = f"{found.forced.share:.2%}", f"{found.text.share:.2%}"
-        perplexity = f"{found.perplexity:.4f}", f"{found.perplexity_ratio:.4f}"
+        perplexity = f"{found.perplexity:.3f}", f"{found.perplexity_ratio:.4f}"
         free = f"{found.free.mean:.1f}", f"{found.free.median:g}", f"{found.free.whole:.1%}"
         table.add_row(found.name, *agreed, *perplexity, *free)
     console.print(table)
-    for line in (
-        f"forced: fed the reference's own answers, {setup.num_prompts} x {setup.num_positions} positions after {setup.prompt_len} of text",
-        f"on text: {setup.num_windows} windows of {setup.window_len} tokens of it, also for the perplexity",
-        f"same beginning: tokens until free-running answers differ, of {setup.num_positions}; whole: never",
-    ):
-        console.print(line, style="dim", highlight=False)
-    console.print()
+    _say(
+        console,
+        f"Compared with {result.reference}. agreed: positions with the same most likely token",
+        f"forced: fed its answers, {setup.num_prompts} x {setup.num_positions} positions after {setup.prompt_len} tokens of text",
+        f"text: fed {setup.num_windows} windows of {setup.window_len} tokens, as for the perplexity",
+        f"prefix: tokens until free-running answers differ; whole: all {setup.num_positions} are the same",
+        "",
+    )
 
 
 def _print_speed(console: Console, speed: Speed) -> None:
     limits = speed.limits
-    console.print(
-        f"best seen in this run: memory {limits.memory_bytes_per_s / 1e9:.1f} GB/s, "
-        f"bf16 {limits.bf16_rate / 1e9:.0f} GFLOP/s, int8 {limits.int8_rate / 1e9:.0f} GOP/s\n",
-        highlight=False,
+    _say(
+        console,
+        f"Best seen in this run: memory {limits.memory_bytes_per_s / 1e9:.1f} GB/s, "
+        f"bf16 {limits.bf16_rate / 1e9:.0f} GFLOP/s, int8 {limits.int8_rate / 1e9:.0f} GOP/s.",
+        "limit: the time at the best rate or, where weights come from memory, to read them",
+        "",
     )
-    table = _table("linear map\n", "\nrows", "bf16\nGFLOP/s", "\nof limit", "int8\nGOP/s", "\nof limit", "int8 is\nfaster by")
-    for time in speed.linears:
-        table.add_row(*_linear(time, limits))
-    console.print(table)
-    console.print("of limit: reading the weights at memory's rate or the best rate seen; maps of the model itself stay in the caches\n")
-    steps = _table("decode step", "bf16 ms", "w8a8 ms", "w8a8 is faster by")
+    for cached, title in ((True, "of this model,\nweights in the caches"), (False, "of large models,\nweights from memory")):
+        _print_linears(console, title, [time for time in speed.linears if time.shape.cached is cached], limits)
+    steps = _table("decode step", "bf16 ms", "w8a8 ms", "int8 faster")
     for step in speed.steps:
         name = f"batch {step.batch}, {step.context_len} tokens each"
         steps.add_row(name, f"{step.bf16_s * 1e3:.2f}", f"{step.w8a8_s * 1e3:.2f}", f"{step.bf16_s / step.w8a8_s:.2f} x")
     console.print(steps)
-    console.print()
+    _say(console, "")
 
 
-def _linear(time: LinearTime, limits: Limits) -> tuple[str, ...]:
-    shape = time.shape
-    bf16 = f"{time.num_operations / time.bf16_s / 1e9:.1f}", f"{limits.bf16_share(time):.0%}"
-    int8 = f"{time.num_operations / time.int8_s / 1e9:.1f}", f"{limits.int8_share(time):.0%}"
-    name = f"{shape.name} {shape.out} x {shape.into}{', cached' if shape.cached else ''}"
-    return name, str(time.num_rows), *bf16, *int8, f"{time.speedup:.2f} x"
+def _print_linears(console: Console, title: str, times: Sequence[LinearTime], limits: Limits) -> None:
+    table = _table(title, "\nrows", "bf16\nGFLOP/s", "of\nlimit", "int8\nGOP/s", "of\nlimit", "int8\nfaster")
+    for time in times:
+        bf16 = f"{time.num_operations / time.bf16_s / 1e9:.1f}", f"{limits.bf16_share(time):.0%}"
+        int8 = f"{time.num_operations / time.int8_s / 1e9:.1f}", f"{limits.int8_share(time):.0%}"
+        name = f"{time.shape.name} {time.shape.out} x {time.shape.into}"
+        table.add_row(name, str(time.num_rows), *bf16, *int8, f"{time.speedup:.2f} x")
+    console.print(table)
+    _say(console, "")
+
+
+def _say(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(first: str, *columns: str) -> Table:

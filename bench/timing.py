@@ -23,7 +23,7 @@ def alternated(calls: Sequence[Call], num_rounds: int) -> list[float]:
     return [median(of_call) for of_call in zip(*rounds, strict=True)]
 
 
-def memory_bytes_per_s(num_rounds: int = 5) -> float:
+def memory_bytes_per_s(num_rounds: int = 3) -> float:
     """The best of reading a buffer far larger than the caches, and of copying it (read and written bytes count)."""
     source, target = torch.zeros(2, _BUFFER_BYTES // 4).unbind(0)
     calls = (lambda _: source.sum()), (lambda _: target.copy_(source))

@@ -22,7 +22,7 @@ from baton.errors import ConfigError
 from cluster.plan import Checkpoint, refuse_overcommit, refuse_unfit
 
 _CGROUP = Path("/sys/fs/cgroup")
-_TABLES = ("embed_tokens.weight", "lm_head.weight")
+_UNQUANTIZED = ("embed_tokens.weight", "lm_head.weight", "kv_b_proj.weight")
 _MAX_HEADER_BYTES = 100 * 2**20
 
 
@@ -98,7 +98,7 @@ def read_checkpoint(model: Path) -> Checkpoint:
     return Checkpoint(
         num_params=sum(num_params for _, num_params in tensors),
         num_expert_params=sum(num_params for name, num_params in tensors if ".experts." in name),
-        num_table_params=sum(num_params for name, num_params in tensors if name.endswith(_TABLES)),
+        num_unquantized_params=sum(num_params for name, num_params in tensors if name.endswith(_UNQUANTIZED)),
     )
 
 

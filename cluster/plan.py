@@ -58,11 +58,13 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """How many parameters a checkpoint holds; of these, those of experts and those that are never quantized (tables of the vocabulary)."""
+    """How many parameters a checkpoint holds; of these, those of experts and those that no quantization touches: tables of the vocabulary
+    and what latent attention folds into its queries.
+    """
 
     num_params: int
     num_expert_params: int = 0
-    num_table_params: int = 0
+    num_unquantized_params: int = 0
 
 
 def asks(config: BatonConfig) -> list[NodeAsk]:
@@ -145,14 +147,14 @@ def refuse_unfit(config: BatonConfig, spec: ModelSpec) -> None:
 def weight_bytes_per_rank(config: BatonConfig, checkpoint: Checkpoint, spec: ModelSpec, role: Role) -> int:
     """Estimate of one rank's weights: experts are cut over all ranks of a node, everything else over its tp ranks only.
 
-    Quantized weights take a byte each; what the projections of latent attention need beside them is left out.
+    Quantized weights take a byte each. Left out as small: scales, and what every rank of a tp group holds whole.
     """
     tp = config.prefill.tp if role == "prefill" else config.decode.tp
     num_ranks = tp if role == "prefill" else config.decode.dp * config.decode.tp
-    dense = checkpoint.num_params - checkpoint.num_expert_params - checkpoint.num_table_params
+    dense = checkpoint.num_params - checkpoint.num_expert_params - checkpoint.num_unquantized_params
     weight_bytes = 1 if spec.quantization else spec.dtype_bytes
-    tables = spec.dtype_bytes * -(-checkpoint.num_table_params // tp)
-    return tables + weight_bytes * (-(-dense // tp) + -(-checkpoint.num_expert_params // num_ranks))
+    unquantized = spec.dtype_bytes * -(-checkpoint.num_unquantized_params // tp)
+    return unquantized + weight_bytes * (-(-dense // tp) + -(-checkpoint.num_expert_params // num_ranks))
 
 
 def memory_needed(config: BatonConfig, checkpoint: Checkpoint, spec: ModelSpec) -> int:

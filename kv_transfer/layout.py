@@ -10,6 +10,7 @@ from baton.errors import Incompatible
 
 AXES = ("block", "layer", "part", "head", "slot", "dim")
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MAX_BYTES = 2**63 - 1  # offsets are int64
 # What source and target must have in common. The rest (block counts, layers, heads) is what resharding is for.
 SHARED = ("axes", "block_size", "part_dims", "dtype", "model_num_layers", "model_num_kv_heads")
 
@@ -57,6 +58,8 @@ class KVLayout:
             return "layers outside of the model"
         if self.head_start < 0 or self.head_start + self.num_heads > self.model_num_kv_heads:
             return "heads outside of the model"
+        if self.nbytes > MAX_BYTES:
+            return f"{self.nbytes} bytes in one buffer"
         return ""
 
     @property

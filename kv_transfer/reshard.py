@@ -54,7 +54,7 @@ def plan(sources: Sequence[KVLayout], target: KVLayout, earlier: Sequence[KVLayo
     served = [0] * len(sources)
     for other in earlier:
         for share in _dealt(sources, other, served):
-            served[share.source] += share.num_pieces
+            served[share.source] += share.amount
     pieces: dict[int, list[Run]] = defaultdict(list)
     for share in _dealt(sources, target, served):
         pieces[share.source] += share.runs(sources[share.source], target)
@@ -81,8 +81,8 @@ class _Share:
     heads: tuple[int, ...]
 
     @property
-    def num_pieces(self) -> int:
-        """Layers times heads: every part of the target counts alike."""
+    def amount(self) -> int:
+        """Layers times heads: in these terms all targets of a node are alike, whatever the widths of their parts."""
         return len(self.layers) * len(self.heads)
 
     def runs(self, source: KVLayout, target: KVLayout) -> Iterator[Run]:
@@ -110,13 +110,14 @@ def _dealt(sources: Sequence[KVLayout], target: KVLayout, served: Sequence[int])
 def _groups(sources: Sequence[KVLayout], target: KVLayout) -> dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]]:
     """(sources that own them all, heads) -> layers of a target. Pieces that nobody owns are in none."""
     groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = defaultdict(list)
+    held = [(source.layers, source.heads) for source in sources]
     for layer in target.layers:
         by_owners: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for head in target.heads:
-            by_owners[tuple(index for index, source in enumerate(sources) if source.owns(layer, head))].append(head)
+            by_owners[tuple(index for index, (layers, heads) in enumerate(held) if layer in layers and head in heads)].append(head)
         by_owners.pop((), None)
-        for owners, heads in by_owners.items():
-            groups[owners, tuple(heads)].append(layer)
+        for owners, shared in by_owners.items():
+            groups[owners, tuple(shared)].append(layer)
     return groups
 
 
@@ -141,24 +142,20 @@ def _piece(source: KVLayout, target: KVLayout, layer: int, part: int, head: int)
 
 
 def _merged(pieces: list[Run]) -> Iterator[Run]:
-    """Neighbours as one run. Block 0 speaks for all blocks where the strides are the same; parts of unequal widths may differ in them."""
+    """Neighbours as one run. Block 0 speaks for all blocks.
+
+    Pieces of a pair of ranks have the same strides, but for parts of unequal widths with the blocks inside of a part; there, pieces of
+    two parts touch only where there is no other block.
+    """
     ordered = sorted(pieces, key=lambda run: run.target_base)
     last = ordered[0]
     for run in ordered[1:]:
-        if _follows(run, last):
+        if run.source_base == last.source_base + last.nbytes and run.target_base == last.target_base + last.nbytes:
             last = replace(last, nbytes=last.nbytes + run.nbytes)
         else:
             yield last
             last = run
     yield last
-
-
-def _follows(run: Run, last: Run) -> bool:
-    return (
-        run.source_base == last.source_base + last.nbytes
-        and run.target_base == last.target_base + last.nbytes
-        and (run.source_stride, run.target_stride) == (last.source_stride, last.target_stride)
-    )
 
 
 def _joined(parts: Spans) -> Spans:

@@ -18,19 +18,18 @@ from baton.config import RankPlan
 from baton.engine.batch import Batch
 from baton.engine.config_json import load_spec
 from baton.engine.fingerprint import fingerprint
-from baton.engine.kv_cache import AXES, KVCache, KVShape
+from baton.engine.kv_cache import KVCache, KVShape
 from baton.engine.parallel import Groups, Rendezvous
-from baton.engine.placement import Placement
 from baton.engine.rank import Rank, set_threads
 from baton.engine.runner import Runner, StepOutcome
 from baton.engine.spec import ModelSpec
 from baton.request import BlockCounts
 from baton.rpc import Health, bind, make_server
-from kv_transfer.layout import KVLayout
 from kv_transfer.pool import Pool
 from kv_transfer.transport import Export
 from ranks.capacity import capacity
 from ranks.facts import GroupHello, LoadProgress, RankAddress, RankCounts
+from ranks.layouts import node_layouts, placement_of
 from ranks.service import Peer, wake_all
 from ranks.session import GroupLoad
 
@@ -79,7 +78,7 @@ class RankHost:
         """Connect to the node's other ranks, read the weights, make the KV pool, run once. addresses: the whole node's, by rank."""
         self.addresses = tuple(sorted(addresses, key=lambda address: address.rank))
         self.spec, self.fingerprint = await self._on_step_thread(self._read_spec)
-        self.placement = self._place(self.plan.rank)
+        self.placement = placement_of(self.plan, self.spec, self.plan.rank)
         self.domain = [address for address in self.addresses if self._steps_with_me(address.rank)]
         self.peers = tuple(Peer(a.node, a.rank, a.control) for a in self.addresses if a.rank != self.plan.rank)
         for peer in self.peers:
@@ -93,7 +92,7 @@ class RankHost:
             max_model_len=config.max_model_len,
             max_positions=self.spec.max_position_embeddings,
         )
-        self.layouts = tuple(self._describe_layout(rank) for rank in range(self.plan.num_ranks))
+        self.layouts = node_layouts(self.plan, self.spec, self.num_blocks)
         self.layout = self.layouts[self.plan.rank]
         self.pool = Pool(
             self.num_blocks,
@@ -110,30 +109,8 @@ class RankHost:
         config = self.plan.config
         return load_spec(config.model, config.dtype, config.quantization), fingerprint(config.model)
 
-    def _place(self, rank: int) -> Placement:
-        coupled = self.plan.role == "decode" and self.spec.moe is not None
-        split_experts = self.plan.role == "prefill" and self.plan.config.prefill.moe == "tensor"
-        return Placement.of(rank, self.plan.tp_size, self.plan.dp_size, coupled, split_experts)
-
     def _steps_with_me(self, rank: int) -> bool:
         return self.placement.coupled or rank // self.plan.tp_size == self.plan.group
-
-    def _describe_layout(self, rank: int) -> KVLayout:
-        """Of any rank of the node: what each holds follows from its place."""
-        shape = KVShape.of(self.spec, self._place(rank), self.plan.config.block_size)
-        return KVLayout(
-            axes=AXES,
-            num_blocks=self.num_blocks,
-            block_size=shape.block_size,
-            layer_start=0,
-            num_layers=shape.num_layers,
-            part_dims=shape.part_dims,
-            head_start=shape.head_start,
-            num_heads=shape.num_heads,
-            dtype=shape.dtype,
-            model_num_layers=self.spec.num_layers,
-            model_num_kv_heads=self.spec.kv_heads,
-        )
 
     def _load_engine(self) -> None:
         config = self.plan.config

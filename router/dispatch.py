@@ -123,9 +123,10 @@ class Dispatcher:
         return any(self.fleet.registry.usable())
 
     async def wait_ready(self, timeout_s: float) -> bool:
-        """Wait for `ready`; False if that took longer than timeout_s."""
+        """Wait for `ready`; False if that took longer than timeout_s. Raises Unavailable if no nodes that are there can work together."""
         deadline = Deadline.after(timeout_s)
         while not self.ready():
+            self.fleet.registry.check_possible()
             if not await self.fleet.changed(deadline.left_s()):
                 return self.ready()
         return True
@@ -266,6 +267,7 @@ class Dispatcher:
         patience = Deadline.after(min(FIRST_PAIR_PATIENCE_S, 0.9 * deadline.left_s()))
         while (known := self.fleet.registry.max_model_len()) is None:
             self._check_open()
+            self.fleet.registry.check_possible()
             if not await self.fleet.changed(patience.left_s()):
                 raise Unavailable(f"no node is ready: {self.fleet.registry.summary()}", stage="router", cause="no_nodes")
         return known

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterable, Set
 from typing import Protocol
 
-from baton.errors import BatonError, NodeLost
+from baton.errors import BatonError, Incompatible, NodeLost
 from baton.request import TokenEvent
 from baton.telemetry import GroupFigures, PullFigures, RouterMetrics, fields
 from router.flush import Flushed, Flushes
@@ -170,6 +170,14 @@ class Fleet:
         if group is not None:
             self.registry.lost(group)
             self._forget(group, link, error)
+
+    def refused(self, link: NodeLink, error: Incompatible) -> None:
+        """A node and this router do not understand each other, now or still."""
+        group = self.registry.get(link.address)
+        if group is not None and group.refusal != error.message:
+            self.registry.refused(group, error.message)
+            log.error("refused a node", extra=fields(group=group.name, address=group.address, why=error.message))
+            self.notify()
 
     def _met(self, group: Group, hello: Hello, load: GroupLoad) -> None:
         self.registry.joined(group, hello, load)

@@ -27,7 +27,7 @@ from baton.errors import (
     Unavailable,
 )
 from baton.request import SequenceRequest
-from baton.rpc import open_channel
+from baton.rpc import open_channel, to_error
 from baton.v1 import node_pb2, node_pb2_grpc
 from baton.wire import counts_from_message, error_from_message, sequence_to_message, token_event_from_message
 from router.heard import GroupLoad, Heard, Hello, Layout, PullReport, Rank, SequenceFailed
@@ -56,6 +56,9 @@ class Listener(Protocol):
 
     def lost(self, link: NodeLink, error: NodeLost) -> None:
         """The stream of a node that had said hello is gone: nothing sent before counts any more."""
+
+    def refused(self, link: NodeLink, error: Incompatible) -> None:
+        """The node and this router do not understand each other; they try again until they do, and this is said every time."""
 
 
 class NodeLink:
@@ -182,13 +185,15 @@ class NodeLink:
             if was_up:
                 retry_s = _FIRST_RETRY_S
                 log.warning("lost %s: %s", error.node, error)
-                self._listener.lost(self, error)
+                self._listener.lost(self, error if isinstance(error, NodeLost) else NodeLost(error.message, node=error.node))
+            if isinstance(error, Incompatible):
+                self._listener.refused(self, error)
             await asyncio.sleep(retry_s)
             retry_s = min(2 * retry_s, _LAST_RETRY_S)
 
-    async def _one_stream(self) -> NodeLost:
+    async def _one_stream(self) -> NodeLost | Incompatible:
         """Run a stream until it breaks; returns why. An edge: a bug while listening costs the stream, not the link."""
-        error = NodeLost(f"the stream to {self._name} ended", node=self._name)
+        error: NodeLost | Incompatible = NodeLost(f"the stream to {self._name} ended", node=self._name)
         call = self._open()
         outbox: asyncio.Queue[Command] = asyncio.Queue(MAX_QUEUED_COMMANDS)
         self._outbox, self._overflow, self._hello = outbox, asyncio.Event(), None
@@ -239,6 +244,9 @@ class NodeLink:
         raise NodeLost(f"{self._name} closed its stream", node=self._name)
 
     def _met(self, hello: node_pb2.NodeHello) -> None:
+        if hello.protocol_version != PROTOCOL_VERSION:
+            versions = f"protocol {hello.protocol_version}, this router {PROTOCOL_VERSION}; update the older one"
+            raise Incompatible(f"{hello.node} at {self.address} speaks {versions}", stage="router", node=hello.node)
         same_life = self._incarnation == hello.incarnation
         self._hello, self._name, self._incarnation = hello, hello.node, hello.incarnation
         owed, self._owed = self._owed, {}
@@ -246,14 +254,17 @@ class NodeLink:
             for cancel in owed.values():
                 self._pay(cancel)
 
-    def _why(self, error: Exception) -> NodeLost:
+    def _why(self, error: Exception) -> NodeLost | Incompatible:
         name = self._name
         match error:
-            case NodeLost():
+            case NodeLost() | Incompatible():
                 return error
             case TimeoutError():
                 return NodeLost(f"{name} said nothing for {self._patience_s:g} s", stage="router", node=name)
             case grpc.aio.AioRpcError():
+                told = to_error(error, stage="router", node=name)
+                if isinstance(told, Incompatible):
+                    return Incompatible(f"the {self.role} node at {self.address} says: {told.message}", stage="router", node=name)
                 return NodeLost(f"the stream to {name} broke: {error.details() or error.code().name}", stage="router", node=name)
         log.error("the stream to %s broke for a reason of ours", name, exc_info=error)
         return NodeLost(f"the stream to {name} broke: {error!r}", stage="router", node=name)

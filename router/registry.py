@@ -8,10 +8,14 @@ compared once when both have said who they are, and is used only after a tiny re
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from baton.errors import Unavailable
+from router.compare import refusal
 from router.heard import GroupLoad, Hello, PullReport
+
+_MAX_REASONS = 4
 
 
 class Role(enum.StrEnum):
@@ -22,12 +26,16 @@ class Role(enum.StrEnum):
 
 
 class GroupState(enum.StrEnum):
-    """joining: not heard from yet; ready: takes work; draining: finishes what it has; gone: its stream is broken."""
+    """joining: not heard from yet; ready: takes work; draining: finishes what it has; gone: its stream is broken.
+
+    refused: it and this router do not understand each other; it is asked again and again, since another may come in its place.
+    """
 
     JOINING = "joining"
     READY = "ready"
     DRAINING = "draining"
     GONE = "gone"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,7 @@ class Group:
 
     sent_sequences, sent_tokens: what was sent since the group last reported its load, which cannot include it yet.
     asked_to_drain: the operator's wish, kept over reconnects and incarnations until the group is removed.
+    refusal: why this router cannot work with it, "" if it can; until it says hello in a way that can be understood.
     """
 
     address: str
@@ -71,6 +80,7 @@ class Group:
     sent_sequences: int = 0
     sent_tokens: int = 0
     asked_to_drain: bool = False
+    refusal: str = ""
     pulls: PullTotals = PullTotals()
 
     @property
@@ -113,16 +123,26 @@ class Group:
 
 @dataclass(slots=True, eq=False)
 class Pair:
-    """A prefill node and a decode group. refusal: why they can never work together, "" if they can.
+    """A prefill node and a decode group. mismatch: what they differ in that they must share, "" if in nothing.
 
     proven ends with the incarnation of either side, or when a pull between them fails. last_error: of the last failed proof.
     """
 
     prefill: Group
     decode: Group
-    refusal: str = ""
+    mismatch: str = ""
     proven: bool = False
     last_error: str = ""
+
+    @property
+    def refusal(self) -> str:
+        """Why the pair can never be used as these nodes are, "" if it can."""
+        return self.prefill.refusal or self.decode.refusal or self.mismatch
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the pair, as far as known: its refusal, or why its last proof failed."""
+        return self.refusal or (f"{self.name}: {self.last_error}" if self.last_error else "")
 
     @property
     def known(self) -> bool:
@@ -150,31 +170,6 @@ class Pair:
         return f"{self.prefill.name} → {self.decode.name}"
 
 
-def refusal(prefill: Hello, decode: Hello) -> str:
-    """Why the two can never form a pair, naming each difference with both values; "" if they can."""
-    told = [(name, _facts(prefill)[name], _facts(decode)[name]) for name in _facts(prefill)]
-    differences = [f"{name}: {mine} there, {theirs} here" for name, mine, theirs in told if mine != theirs]
-    if not differences:
-        return ""
-    return f"{prefill.node} (there) and {decode.node}/{decode.group} (here) differ in " + "; ".join(differences)
-
-
-def _facts(hello: Hello) -> dict[str, object]:
-    layout = hello.layout
-    return {
-        "protocol version": hello.protocol_version,
-        "model": hello.model_fingerprint,
-        "dtype": hello.dtype,
-        "quantization": hello.quantization or "none",
-        "KV axes": "/".join(layout.axes),
-        "block size": layout.block_size,
-        "KV parts": "+".join(map(str, layout.part_dims)),
-        "KV dtype": layout.dtype,
-        "layers": layout.model_num_layers,
-        "KV heads": layout.model_num_kv_heads,
-    }
-
-
 class Registry:
     """State owner: the router's loop. Groups are keyed by address, since a name is known only after the first hello."""
 
@@ -195,11 +190,23 @@ class Registry:
         return (pair for pair in self._pairs.values() if pair.usable)
 
     def summary(self) -> str:
-        """How things stand, in one line for people: "1 of 2 prefill nodes and 0 of 1 decode groups are ready; …"."""
+        """How things stand, in one line for people: "1 of 2 prefill nodes and 0 of 1 decode groups are ready; …", with what is wrong."""
         counts = {role: [group.ready for group in self._groups.values() if group.role is role] for role in Role}
         prefill, decode = (f"{sum(ready)} of {len(ready)} {role}" for role, ready in counts.items())
         proven = sum(pair.usable for pair in self._pairs.values())
-        return f"{prefill} nodes and {decode} groups are ready; {proven} of {len(self._pairs)} pairs are proven and usable"
+        said = f"{prefill} nodes and {decode} groups are ready; {proven} of {len(self._pairs)} pairs are proven and usable"
+        wrong = _listed(pair.trouble for pair in self._pairs.values() if not pair.usable)
+        return f"{said}: {wrong}" if wrong else said
+
+    def check_possible(self) -> None:
+        """Raise Unavailable, with the reasons, if no pair can ever be used as the nodes are; waiting would not help.
+
+        A node that has not said hello yet may still change that, and so may one that takes the place of another.
+        """
+        refusals = [pair.refusal for pair in self._pairs.values()]
+        if refusals and all(refusals):
+            reasons = _listed(refusals)
+            raise Unavailable(f"no two nodes can work together: {reasons}", stage="router", cause="incompatible", retryable=False)
 
     def max_model_len(self) -> int | None:
         """The longest prompt plus answer that every ready group takes, tokens; None if none is ready."""
@@ -229,7 +236,7 @@ class Registry:
         """A group said who it is. A new incarnation has to be compared and proven anew; the same one has not."""
         renewed = group.incarnation != hello.incarnation
         group.hello = hello
-        group.state = GroupState.READY
+        group.state, group.refusal = GroupState.READY, ""
         self.loaded(group, load)
         if renewed:
             for pair in self._of(group):
@@ -244,6 +251,10 @@ class Registry:
     def lost(self, group: Group) -> None:
         """A group's stream broke; it may come back."""
         group.state = GroupState.GONE
+
+    def refused(self, group: Group, why: str) -> None:
+        """A group and this router do not understand each other."""
+        group.state, group.refusal = GroupState.REFUSED, why
 
     def drain(self, node: str) -> tuple[Group, ...]:
         """Send no new work to a node's groups; returns them (none: no such node)."""
@@ -266,4 +277,11 @@ class Registry:
         pair.proven = False
         pair.last_error = ""
         prefill, decode = pair.prefill.hello, pair.decode.hello
-        pair.refusal = refusal(prefill, decode) if prefill and decode else ""
+        pair.mismatch = refusal(prefill, decode) if prefill and decode else ""
+
+
+def _listed(reasons: Iterable[str]) -> str:
+    """Each once, the first few of them."""
+    said = list(dict.fromkeys(reason for reason in reasons if reason))
+    more = len(said) - _MAX_REASONS
+    return "; ".join(said[:_MAX_REASONS]) + (f"; and {more} more" if more > 0 else "")

@@ -230,6 +230,8 @@ class Relay:
             pair = self._fleet.choose(self._num_tokens(), avoid=self._avoid | self._full)
             if pair is not None:
                 return pair
+            if not started:
+                self._fleet.registry.check_possible()
             if not await self._fleet.changed(None if started else patience.left_s()):
                 raise Unavailable(f"no pair of nodes can serve: {self._fleet.registry.summary()}", stage="router", cause="no_nodes")
 
@@ -281,4 +283,5 @@ class Relay:
     def _too_late(self) -> DeadlineExceeded:
         where = self._pair.name if self._pair else "no pair of nodes yet"
         waited = f"it had made {self.life.num_emitted} of at most {self.life.sampling.max_tokens} tokens ({where})"
-        return DeadlineExceeded(f"the request's deadline has passed; {waited}", stage="router")
+        standing = "" if any(self._fleet.registry.usable()) else f"; {self._fleet.registry.summary()}"
+        return DeadlineExceeded(f"the request's deadline has passed; {waited}{standing}", stage="router")

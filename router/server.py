@@ -59,11 +59,9 @@ class RouterServer:
         return {"http": join(router.host, http_port), "grpc": join(router.host, grpc_port)}
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Return once a pair is proven; DeadlineExceeded says how things stand if none is by then."""
+        """Return once a pair is proven; DeadlineExceeded says how things stand if none is by then, Unavailable why none ever will be."""
         if not await self.dispatcher.wait_ready(timeout_s):
-            registry = self.dispatcher.fleet.registry
-            reasons = "; ".join(f"{pair.name}: {pair.refusal or pair.last_error}" for pair in registry.pairs() if not pair.usable)
-            raise DeadlineExceeded(f"not ready after {timeout_s:g} s: {registry.summary()}. {reasons}", stage="router")
+            raise DeadlineExceeded(f"not ready after {timeout_s:g} s: {self.dispatcher.fleet.registry.summary()}", stage="router")
 
     async def stop(self) -> None:
         """End all requests, each with an error its client still gets, and close all ports."""

@@ -23,6 +23,7 @@ def _group(group: Group) -> dict[str, object]:
         "group": group.number,
         "role": group.role.value,
         "state": group.state.value,
+        "refusal": group.refusal,
         "address": group.address,
         "incarnation": group.incarnation.hex(),
         "ranks": [asdict(rank) for rank in group.hello.ranks] if group.hello else [],

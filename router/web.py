@@ -122,9 +122,10 @@ class HttpFront:
     async def health(self, request: Request) -> Response:
         """GET /health: 200 once a request can be served. With ?verbose also nodes and pairs."""
         ready = self._router.ready()
-        content: Json = {} if ready else {"status": "not ready", "reason": "no pair of a prefill node and a decode group is proven yet"}
+        status = self._router.status()
+        content: Json = {} if ready else {"status": "not ready", "reason": status["summary"]}
         if "verbose" in request.query_params:
-            content = {"status": "ready"} | content | self._router.status()
+            content = {"status": "ready"} | content | status
         return json_response(content, 200 if ready else 503)
 
     async def metrics(self) -> Response:

@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     GenerationConfig,
     LlamaConfig,
     PreTrainedConfig,
@@ -20,7 +22,17 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-ARCHITECTURES = ("llama", "llama_tied", "qwen2", "qwen3", "qwen3_moe")
+ARCHITECTURES = (
+    "llama",
+    "llama_tied",
+    "qwen2",
+    "qwen2_yarn",
+    "qwen3",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v2_grouped",
+    "deepseek_v3",
+)
 VOCAB = 512
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PAD_ID, _, EOS_ID = range(3)
@@ -52,14 +64,31 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 64}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "mlp_only_layers": [1], "num_hidden_layers": 3}
+LATENT = {
+    **{name: value for name, value in SHAPE.items() if name != "head_dim"},
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+}
+GROUPS = {"n_group": 4, "topk_group": 2, "q_lora_rank": 32}
 
 
 def make_tiny(arch: str, out: Path, dtype: str = "float32", seed: int = 0, max_shard_size: str = "1GB") -> Path:
     """Write a checkpoint of `arch`, one of ARCHITECTURES, into the directory `out` and return it.
 
-    llama has a head of its own and biases, llama_tied a tied head and Llama 3.1's rope; qwen3_moe has 8 experts, 3 per token, in
-    layers 0 and 2. max_shard_size: e.g. "100KB" for a checkpoint of several files.
+    llama has a head of its own and biases, llama_tied a tied head and Llama 3.1's rope, qwen2_yarn YaRN; qwen3_moe has 8 experts,
+    3 per token, in layers 0 and 2. The deepseek ones have them in layers 1 and 2, beside shared ones: deepseek_v2 as V2-Lite,
+    deepseek_v2_grouped as V2 (compressed queries, groups, biases, values wider than keys), deepseek_v3 with YaRN and a gate's bias.
+    max_shard_size: e.g. "100KB" for a checkpoint of several files.
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(arch), dtype=torch.float32)
@@ -67,6 +96,9 @@ def make_tiny(arch: str, out: Path, dtype: str = "float32", seed: int = 0, max_s
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
     model.to(getattr(torch, dtype)).save_pretrained(out, max_shard_size=max_shard_size)
     PreTrainedTokenizerFast(
@@ -87,7 +119,15 @@ def tiny_config(arch: str) -> PreTrainedConfig:
         "llama_tied": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
         "qwen2": lambda: Qwen2Config(**SHAPE),
         "qwen3": lambda: Qwen3Config(**SHAPE, tie_word_embeddings=True),
+        "qwen2_yarn": lambda: Qwen2Config(**SHAPE, rope_parameters=YARN_ROPE),
         "qwen3_moe": lambda: Qwen3MoeConfig(**{**SHAPE, **EXPERTS}, norm_topk_prob=True),
+        "deepseek_v2": lambda: DeepseekV2Config(**LATENT, q_lora_rank=None, n_shared_experts=2),
+        "deepseek_v2_grouped": lambda: DeepseekV2Config(
+            **{**LATENT, **GROUPS, "v_head_dim": 32}, topk_method="group_limited_greedy", routed_scaling_factor=2.0, attention_bias=True
+        ),
+        "deepseek_v3": lambda: DeepseekV3Config(
+            **LATENT, **GROUPS, n_shared_experts=1, rope_parameters={**YARN_ROPE, "mscale": 0.7, "mscale_all_dim": 1.0}
+        ),
     }
     return configs[arch]()
 

@@ -8,7 +8,7 @@ import torch
 
 from baton.engine.devices import LayerCache
 from baton.engine.norm import RMSNorm
-from baton.engine.projections import ColumnParallel, Part, RowParallel
+from baton.engine.projections import ColumnParallel, Part, RowParallel, columns_of
 from baton.engine.setting import Setting, Step
 from baton.engine.weights import Piece
 
@@ -21,7 +21,7 @@ class Attention:
         heads, kv_heads = placement.heads(spec.heads), placement.kv_heads(spec.kv_heads)
         self._scale = spec.softmax_scale
         self._dim, self._num_heads, self._num_kv_heads = spec.head_dim, len(heads), len(kv_heads)
-        columns, kv_columns = _scaled(heads, spec.head_dim), _scaled(kv_heads, spec.head_dim)
+        columns, kv_columns = columns_of(heads, spec.head_dim), columns_of(kv_heads, spec.head_dim)
         width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         parts = [Part("q_proj", columns, width), Part("k_proj", kv_columns, kv_width), Part("v_proj", kv_columns, kv_width)]
         self._qkv = ColumnParallel(setting, spec.hidden, parts, spec.qkv_bias)
@@ -45,7 +45,3 @@ class Attention:
         if self._norms is not None:
             yield from self._norms[0].pieces(f"{prefix}.q_norm")
             yield from self._norms[1].pieces(f"{prefix}.k_norm")
-
-
-def _scaled(heads: range, head_dim: int) -> range:
-    return range(heads.start * head_dim, heads.stop * head_dim)

@@ -32,12 +32,13 @@ def check_divides(spec: ModelSpec, placement: Placement) -> None:
     """Raise ConfigError if heads, MLPs or experts do not divide as the layers will ask for at this place."""
     placement.heads(spec.heads)
     placement.kv_heads(spec.kv_heads)
-    if not all(spec.sparse(layer) for layer in range(spec.num_layers)):
+    sparse = [spec.sparse(layer) for layer in range(spec.num_layers)]
+    if not all(sparse):
         placement.columns(spec.intermediate)
-    if spec.moe is not None:
+    if spec.moe is not None and any(sparse):
         placement.experts(spec.moe.num_experts)
         placement.expert_columns(spec.moe.intermediate)
-        placement.columns(spec.moe.shared_intermediate)
+        placement.columns(spec.moe.shared_intermediate, "n_shared_experts * moe_intermediate_size")
 
 
 def block_bytes(spec: ModelSpec, placement: Placement, block_size: int) -> int:

@@ -92,6 +92,8 @@ class Decoder:
         self._embedding = VocabParallel(setting)
         self._head = self._embedding if setting.spec.tie_embeddings else VocabParallel(setting)
         self._norm = RMSNorm(setting, setting.spec.hidden)
+        first = setting.spec.num_layers
+        self._beyond = tuple(f"model.layers.{layer}." for layer in range(first, first + setting.spec.num_mtp_layers))
 
     def __call__(self, step: Step) -> torch.Tensor:
         """The last hidden states [T, H], before the final norm. A rank with T = 0 takes part in the collectives of its domain."""
@@ -114,5 +116,5 @@ class Decoder:
             yield from self._head.pieces("lm_head")
 
     def spare(self) -> tuple[str, ...]:
-        """Checkpoint tensors that may be there and are not needed."""
-        return ("lm_head.weight",) if self._head is self._embedding else ()
+        """Checkpoint tensors that may be there and are not needed; a name that ends with a dot means all below it."""
+        return (*(("lm_head.weight",) if self._head is self._embedding else ()), *self._beyond)

@@ -11,10 +11,10 @@ from baton.engine.weights import Piece
 
 
 class RMSNorm:
-    """Root-mean-square norm over the last axis, replicated."""
+    """Root-mean-square norm over the last axis, replicated. eps: the model's if not given."""
 
-    def __init__(self, setting: Setting, width: int) -> None:
-        self._device, self._eps = setting.device, setting.spec.norm_eps
+    def __init__(self, setting: Setting, width: int, eps: float | None = None) -> None:
+        self._device, self._eps = setting.device, setting.spec.norm_eps if eps is None else eps
         self.weight = setting.empty(width)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

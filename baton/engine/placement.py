@@ -68,9 +68,9 @@ class Placement:
         head = self.tp_rank // (self.tp_size // num_kv_heads)
         return range(head, head + 1)
 
-    def columns(self, width: int) -> range:
-        """The columns of an MLP of this intermediate width. Raises ConfigError if they do not divide."""
-        return _share(width, self.tp_size, self.tp_rank, "intermediate_size")
+    def columns(self, width: int, what: str = "intermediate_size") -> range:
+        """The columns of an MLP of this intermediate width. what: its name in config.json. Raises ConfigError if they do not divide."""
+        return _share(width, self.tp_size, self.tp_rank, what)
 
     def vocab(self, size: int) -> range:
         """The vocabulary rows of this rank: equal runs, the last ones shorter (maybe empty) where the size does not divide."""

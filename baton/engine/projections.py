@@ -28,6 +28,11 @@ class Part:
     total: int
 
 
+def columns_of(heads: range, width: int) -> range:
+    """The columns that these heads of this width occupy among all heads."""
+    return range(heads.start * width, heads.stop * width)
+
+
 class ColumnParallel:
     """x [T, in] -> [T, out of this rank]: several projections of the same input, fused.
 

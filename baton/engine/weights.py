@@ -35,7 +35,8 @@ _COMPANIONS: dict[str, tuple[str, ...]] = {  # what may follow a tensor's name, 
 }
 _ALL_COMPANIONS = {companion for companions in _COMPANIONS.values() for companion in companions}
 _STATIC = (".input_scale", ".input_offset", ".input_zero_point", ".deq_scale", ".quant_bias")  # of activations quantized with fixed scales
-_RUN = 1 << 20  # elements converted at a time
+_FUSED_EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
+_RUN = 1 << 17  # elements converted at a time: few enough to stay in the cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,6 +176,11 @@ def _check_scales(checkpoint: Checkpoint, piece: Piece, name: str) -> None:
 def _check_names(checkpoint: Checkpoint, wanted: set[str], spare: Collection[str]) -> None:
     model_dir, found = checkpoint.model_dir, set(checkpoint.tensors)
     missing = sorted(wanted - found)
+    if fused := sorted(name for name in found - wanted if name.endswith(_FUSED_EXPERTS)):
+        raise ConfigError(
+            f"{model_dir} holds all experts of a layer in one tensor ({some(fused)}); "
+            "save it with one per expert, as transformers does unless told save_original_format=False"
+        )
     if missing:
         raise ConfigError(f"{model_dir} lacks {len(missing)} tensors that config.json asks for: {some(missing)}")
     named = wanted.union(spare)

@@ -63,7 +63,7 @@ def settings(model: Path, **changes: Any) -> BatonConfig:
 
 
 def test_parameters_are_counted_from_the_headers_of_all_files(checkpoint_dir: Path) -> None:
-    assert read_checkpoint(checkpoint_dir) == Checkpoint(num_params=32 + 1 + 10, num_expert_params=10, num_table_params=32)
+    assert read_checkpoint(checkpoint_dir) == Checkpoint(num_params=32 + 1 + 10, num_expert_params=10, num_unquantized_params=32)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json"])

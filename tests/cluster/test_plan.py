@@ -26,7 +26,7 @@ from cluster.plan import (
     threads_per_rank,
     weight_bytes_per_rank,
 )
-from tests.mission_configs import CONFIGS
+from tests.mission_configs import CONFIGS, NUM_PARAMETERS
 
 small = st.integers(1, 4)
 BFLOAT16 = spec_from_config(CONFIGS["Qwen3-30B-A3B"])
@@ -102,7 +102,7 @@ def test_weights_are_cut_but_never_lost(config: BatonConfig, checkpoint: Checkpo
     for role, num_ranks in (("prefill", config.prefill.tp), ("decode", config.decode.dp * config.decode.tp)):
         per_rank = weight_bytes_per_rank(config, checkpoint, spec, role)  # type: ignore[arg-type]
         weight_bytes = 1 if spec.quantization else spec.dtype_bytes
-        unquantized = (spec.dtype_bytes - weight_bytes) * checkpoint.num_table_params
+        unquantized = (spec.dtype_bytes - weight_bytes) * checkpoint.num_unquantized_params
         assert per_rank * num_ranks >= checkpoint.num_params * weight_bytes + unquantized
         assert per_rank <= checkpoint.num_params * weight_bytes + unquantized + 3 * spec.dtype_bytes
 
@@ -123,6 +123,16 @@ def test_a_refusal_has_the_numbers() -> None:
     assert "8.00 GiB of memory available" in refusal.value.message
     assert "4 ranks x 2.00 GiB KV cache" in refusal.value.message
     assert "3.00 GiB weights in all" in refusal.value.message  # 1 GiB on prefill, cut in two; 1 GiB on each decode group
+
+
+def test_the_estimate_is_close_for_the_largest_model() -> None:
+    """Against what tests/engine/test_mission.py finds a rank to hold."""
+    config = BatonConfig.model_validate({"model": "m", "prefill": {"tp": 16}, "decode": {"dp": 16}})
+    experts, tables, latent = 58 * 256 * 3 * 7168 * 2048, 2 * 129280 * 7168, 61 * 512 * 128 * 256
+    checkpoint = Checkpoint(NUM_PARAMETERS["DeepSeek-V3"], experts, tables + latent)
+    spec = spec_from_config(CONFIGS["DeepSeek-V3"])
+    assert weight_bytes_per_rank(config, checkpoint, spec, "decode") == pytest.approx(116.19e9, rel=0.01)
+    assert weight_bytes_per_rank(config, checkpoint, spec, "prefill") == pytest.approx(86.02e9, rel=0.03)
 
 
 @pytest.mark.parametrize(

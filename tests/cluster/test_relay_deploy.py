@@ -82,7 +82,7 @@ def test_an_engine_on_it_leaves_nothing_there(existing_ray: ExistingRay, tiny_mo
 
 
 def test_too_few_slots_are_refused_with_numbers(existing_ray: ExistingRay, tiny_model: Path, tmp: Path) -> None:
-    refused = existing_ray.baton("up", config(tmp, tiny_model, "prefill: {tp: 8}\n"))
+    refused = existing_ray.baton("up", config(tmp, tiny_model, "decode: {dp: 8}\n"))
     assert refused.returncode == 1
-    assert "prefill-0 needs 8 baton_rank on one host" in refused.stderr
+    assert "decode-0 needs 8 baton_rank on one host" in refused.stderr
     assert existing_ray.baton("status").returncode == 1, "nothing was left behind"

@@ -68,15 +68,20 @@ def asks(seed: int, prompt_lens: Sequence[int], num_tokens: int = 12, vocab: int
     return [Ask(tuple(draw.randrange(3, vocab) for _ in range(length)), num_tokens) for length in prompt_lens]
 
 
-def make_runner(model_dir: Path, placement: Placement, groups: Groups, dtype: str = "auto") -> Runner:
+def make_runner(model_dir: Path, placement: Placement, groups: Groups, dtype: str = "auto", quantization: str = "auto") -> Runner:
     """A loaded runner over a buffer full of rubbish."""
-    spec = load_spec(model_dir, dtype)
+    return Runner(make_rank(model_dir, placement, groups, dtype, quantization), groups)
+
+
+def make_rank(model_dir: Path, placement: Placement, groups: Groups, dtype: str = "auto", quantization: str = "auto") -> Rank:
+    """Its rank."""
+    spec = load_spec(model_dir, dtype, quantization)
     shape = KVShape.of(spec, placement, BLOCK_SIZE)
     buffer = bytearray(b"\x55" * (NUM_BLOCKS * shape.block_bytes))
     kv = KVCache(shape, NUM_BLOCKS, buffer, np.zeros(NUM_BLOCKS, np.uint64))
     rank = Rank(spec, placement, groups, model_dir, kv)
     rank.load()
-    return Runner(rank, groups)
+    return rank
 
 
 def lead(runner: Runner, wanted: Sequence[Ask], seed: int = 0) -> list[Tokens]:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,18 +20,6 @@ ASKS = asks(1, (1, 3, 8, 17, 41, 66))
 def test_chunks_and_mixed_batches_equal_transformers(arch: str, tiny: Tiny) -> None:
     runner = make_runner(tiny(arch), Placement(), Groups.alone())
     assert_equal(lead(runner, ASKS), expected(tiny(arch), ASKS))
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("arch", ["llama_tied", "qwen3_moe"])
-def test_half_precision_is_close(arch: str, dtype: str, tiny: Tiny) -> None:
-    """Same first token, and its logprob within what half precision leaves of float32's."""
-    runner = make_runner(tiny(arch), Placement(), Groups.alone(), dtype)
-    got, want = lead(runner, ASKS), expected(tiny(arch), ASKS)
-    firsts = [(mine[0], theirs[0]) for mine, theirs in zip(got, want, strict=True)]
-    same = [(mine[1], theirs[1]) for mine, theirs in firsts if mine[0] == theirs[0]]
-    assert len(same) >= len(ASKS) - 1
-    np.testing.assert_allclose(*zip(*same, strict=True), atol=0.25)
 
 
 def test_half_precision_checkpoint_equals_transformers(tmp_path: Path) -> None:

@@ -4,17 +4,20 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import DeepseekV2Config, DeepseekV3Config, Qwen3MoeConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe, DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE, DeepseekV3TopkRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, Qwen3MoeTopKRouter
 
+from baton.engine.checkpoint import SINGLE
 from baton.engine.devices import open_device
 from baton.engine.moe import Moe
 from baton.engine.parallel import Groups, Rendezvous
@@ -22,6 +25,7 @@ from baton.engine.placement import Placement
 from baton.engine.quantize import quantize_rows
 from baton.engine.setting import Setting
 from baton.engine.spec import GateSpec, ModelSpec, MoeSpec, RopeSpec
+from baton.engine.weights import load
 from baton.errors import ConfigError
 from tests.engine.driving import TIMEOUT_S
 
@@ -327,3 +331,10 @@ def test_what_does_not_divide_is_refused_before_anything_is_loaded(cases: dict[s
         attempt(3, False)
     with pytest.raises(ConfigError, match=r"moe_intermediate_size=24 does not divide by 5 ranks; .*prefill\.moe: experts"):
         attempt(5, True)
+
+
+def test_a_checkpoint_of_fused_experts_is_refused_by_name(cases: dict[str, Case], tmp_path: Path) -> None:
+    save_file({f"mlp.{name}": tensor for name, tensor in cases["qwen3"].block.state_dict().items()}, tmp_path / SINGLE)
+    moe = Moe(Setting(cases["qwen3"].spec(), Placement(), Groups.alone(), DEVICE))
+    with pytest.raises(ConfigError, match=r"mlp\.experts\.down_proj, mlp\.experts\.gate_up_proj.*save_original_format"):
+        load(tmp_path, moe.pieces("mlp"))

@@ -87,26 +87,27 @@ def test_what_does_not_divide_is_refused_with_numbers(share: Callable[[Placement
 def test_experts_that_do_not_divide_are_refused_with_numbers() -> None:
     with pytest.raises(ConfigError, match=r"num_experts=64 does not divide by 6 ranks; dp \* tp must divide it"):
         Placement.of(0, 2, 3, coupled=True).experts(64)
-    with pytest.raises(ConfigError, match="moe_intermediate_size=100 does not divide by 3 ranks; .*, or prefill.moe: experts"):
+    with pytest.raises(ConfigError, match=r"moe_intermediate_size=100 does not divide by 3 ranks; .*, or prefill\.moe: experts"):
         Placement.of(0, 3, split_experts=True).expert_columns(100)
 
 
 def test_two_ranks_equal_transformers(tiny: Tiny) -> None:
     """Tensor-parallel groups of every architecture; experts whole and split, and over two data-parallel ranks, one with nothing to do."""
-    many, few, none = tuple(asks(2, (1, 9, 30), num_tokens=6)), tuple(asks(3, (5,), num_tokens=3)), ()
+    many, few, none = tuple(asks(2, (1, 20), num_tokens=4)), tuple(asks(3, (5,), num_tokens=3)), ()
     jobs = [Job(tiny(arch), 2, 1, coupled=False, asks=(many,)) for arch in ARCHITECTURES]
     jobs += [Job(tiny("qwen3_moe"), 1, 2, coupled=True, asks=groups) for groups in ((many, few), (none, many), (none, none))]
+    jobs += [Job(tiny("deepseek_v3"), 1, 2, coupled=True, asks=(few, many))]
     jobs += [Job(tiny("qwen3_moe"), 2, 1, coupled=True, asks=(many,))]
-    jobs += [Job(tiny("qwen3_moe"), 2, 1, coupled=False, asks=(many,), split_experts=True)]
+    jobs += [Job(tiny(arch), 2, 1, coupled=False, asks=(many,), split_experts=True) for arch in ("qwen3_moe", "deepseek_v3")]
     check(jobs, map(run_in_threads, jobs))
 
 
 def test_four_ranks_equal_transformers(tiny: Tiny) -> None:
     """More tensor-parallel ranks than KV heads, experts split over them, and both kinds of parallelism at once."""
-    many, few = tuple(asks(6, (1, 20), num_tokens=4)), tuple(asks(5, (5,), num_tokens=3))
+    many, few = tuple(asks(6, (1, 12), num_tokens=3)), tuple(asks(5, (5,), num_tokens=2))
     jobs = [Job(tiny("llama"), 4, 1, coupled=False, asks=(many,))]
     jobs += [Job(tiny("qwen3_moe"), 4, 1, coupled=False, asks=(many,), split_experts=True)]
-    jobs += [Job(tiny("qwen3_moe"), 2, 2, coupled=True, asks=(many, few))]
+    jobs += [Job(tiny(arch), 2, 2, coupled=True, asks=(many, few)) for arch in ("qwen3_moe", "deepseek_v3")]
     check(jobs, map(run_in_threads, jobs))
 
 
@@ -115,10 +116,9 @@ def test_four_processes_equal_transformers(tiny: Tiny) -> None:
     """Every layout of four ranks."""
     many, few = tuple(asks(4, (1, 9, 30))), tuple(asks(5, (5,), num_tokens=3))
     jobs = [Job(tiny("qwen3_moe"), 2, 2, coupled=True, asks=groups) for groups in ((many, few), ((), many))]
-    jobs += [Job(tiny("qwen3_moe"), 4, 1, coupled=False, asks=(many,), split_experts=split) for split in (False, True)]
-    jobs += [Job(tiny("qwen3_moe"), 1, 4, coupled=True, asks=(few, (), many, ()))]
-    jobs += [Job(tiny(arch), 4, 1, coupled=False, asks=(many,)) for arch in ("llama", "qwen2")]
-    jobs += [Job(tiny("qwen2"), 2, 2, coupled=False, asks=(many, few))]
+    jobs += [Job(tiny("deepseek_v3"), 4, 1, coupled=False, asks=(many,), split_experts=split) for split in (False, True)]
+    jobs += [Job(tiny("deepseek_v3"), 1, 4, coupled=True, asks=(few, (), many, ()))]
+    jobs += [Job(tiny("llama"), 4, 1, coupled=False, asks=(many,)), Job(tiny("qwen2"), 2, 2, coupled=False, asks=(many, few))]
     check(jobs, run_in_processes(jobs))
 
 

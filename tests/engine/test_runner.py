@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from baton.engine.batch import Batch, Row, SampleRow
 from baton.engine.config_json import load_spec
-from baton.engine.devices import LayerCache, Matrix, open_device
+from baton.engine.devices import Matrix, open_device
 from baton.engine.kv_cache import KVCache, KVShape
 from baton.engine.parallel import Groups
 from baton.engine.placement import Placement
@@ -90,47 +90,6 @@ def test_shape_of_a_rank_follows_its_heads(tiny: Tiny) -> None:
     assert sum(half.block_bytes for half in halves) == whole.block_bytes == 2 * 2 * 2 * 16 * 16 * 2
     assert [KVShape.of(spec, Placement.of(rank, 4), 16).head_start for rank in range(4)] == [0, 0, 1, 1]
     assert whole.num_blocks(10 * whole.block_bytes + 1) == 10
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
-    """(block size, (cached tokens, new tokens) of each sequence)."""
-    lens = draw(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=4))
-    return draw(st.sampled_from([1, 3, 8])), lens
-
-
-@given(batches(), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(0, 1 << 16))
-def test_attention_over_blocks_equals_plain_attention(case: tuple[int, list[tuple[int, int]]], heads: tuple[int, int], seed: int) -> None:
-    block_size, lens = case
-    num_heads, num_kv_heads, dim = *heads, 8
-    torch.manual_seed(seed)
-    counts = [-(-sum(pair) // block_size) for pair in lens]
-    free = torch.randperm(sum(counts) + 2).tolist()
-    cache = LayerCache(torch.full((len(free), 2, num_kv_heads, block_size, dim), torch.nan).unbind(1))
-    rows = [Row([0] * new, cached, [free.pop() for _ in range(count)]) for (cached, new), count in zip(lens, counts, strict=True)]
-    kv = [torch.randn(2, sum(pair), num_kv_heads, dim) for pair in lens]
-    queries = [torch.randn(new, num_heads, dim) for _, new in lens]
-    device, step = open_device("cpu"), Batch.build(rows)
-    for row, of_sequence in zip(rows, kv, strict=True):
-        if row.start:
-            earlier = Batch.build([Row([0] * row.start, 0, row.block_ids)])
-            device.block_attention(earlier, cache).write(of_sequence[:, : row.start].unbind(), cache)
-    attention = device.block_attention(step, cache)
-    attention.write(torch.cat([pair[:, row.start :] for row, pair in zip(rows, kv, strict=True)], dim=1).unbind(), cache)
-    got = attention.attend(torch.cat(queries), cache, dim**-0.5)
-    want = [plain_attention(q, *of_sequence) for q, of_sequence in zip(queries, kv, strict=True)]
-    torch.testing.assert_close(got, torch.cat(want), rtol=1e-4, atol=1e-5)
-
-
-def plain_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Token by token and head by head."""
-    out = torch.empty(queries.shape)
-    first = len(keys) - len(queries)
-    for token, head in np.ndindex(*queries.shape[:2]):
-        kv_head, seen = head // (queries.shape[1] // keys.shape[1]), first + token + 1
-        scores = keys[:seen, kv_head] @ queries[token, head] * queries.shape[2] ** -0.5
-        out[token, head] = scores.softmax(0) @ values[:seen, kv_head]
-    return out.flatten(1)
 
 
 @given(st.integers(1, 12), st.integers(1, 4), st.booleans(), st.integers(0, 1 << 16))

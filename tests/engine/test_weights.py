@@ -1,6 +1,9 @@
 """Every rank reads its slices and no more; a checkpoint that does not fit its config.json is refused with the names of what is wrong."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +69,47 @@ def test_dtype_is_converted(tiny: Tiny) -> None:
     weights.load(tiny("llama"), model.pieces())
     piece = next(iter(model.pieces()))
     assert torch.equal(piece.target, load_file(tiny("llama") / "model.safetensors")[piece.name].bfloat16())
+
+
+BIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 1,
+    "vocab_size": 8192,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+}
+
+
+def make_big(out: Path) -> int:
+    """Write BIG in two files, linear layers as fp8 and the rest as bfloat16; the bytes of the largest tensor in bfloat16."""
+    (out / "config.json").write_text(json.dumps(BIG))
+    torch.manual_seed(0)
+    shapes = {piece.name: piece.shape for piece in build(out, Placement()).pieces()}
+    tensors = {name: torch.randn(shape[-1]).to(torch.bfloat16).expand(shape).contiguous() for name, shape in shapes.items()}
+    for name in [name for name in shapes if name.endswith("_proj.weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.rand([-(-size // 128) for size in shapes[name]])
+    weight_map = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, out / file)
+    (out / checkpoint.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return max(2 * tensor.numel() for tensor in tensors.values())
+
+
+def test_loading_takes_a_shard_and_a_little(tmp_path: Path) -> None:
+    """Rank 0 of 4 holds its shard and a few rows, never a whole tensor, whatever it converts; loading_process.py explains the measure."""
+    largest = make_big(tmp_path)
+    command = [sys.executable, "-m", "tests.engine.loading_process", f"{tmp_path}=auto", f"{tmp_path}=w8a8"]
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    printed = subprocess.run(command, env=env, capture_output=True, check=True, timeout=60).stdout
+    for report in map(json.loads, printed.splitlines()):
+        assert report["shard_bytes"] > largest * 0.9
+        assert 0.9 * report["shard_bytes"] < report["peak_bytes"] < report["shard_bytes"] + largest / 4
+    assert len(printed.splitlines()) == 2
 
 
 def piece(name: str, *shape: int) -> Piece:

@@ -67,6 +67,7 @@ def test_strides_within_the_parts_depend_on_the_part_and_those_outside_do_not(la
         ({"block_size": 0}, "size"),
         ({"part_dims": ()}, "no part"),
         ({"part_dims": (4, 0)}, "size"),
+        ({"num_blocks": 2**32 - 1, "block_size": 2**32 - 1}, "bytes in one buffer"),
         ({"layers": range(2, 4)}, "layers"),
         ({"heads": range(4, 5)}, "heads"),
     ],

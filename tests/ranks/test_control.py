@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -10,12 +11,13 @@ import pytest
 
 from baton.config import PROTOCOL_VERSION
 from baton.engine.batch import Batch, Sampled
-from baton.errors import BatonError, NodeLost
+from baton.errors import BatonError, Incompatible, NodeLost
 from baton.request import BlockCounts, TokenEvent
-from baton.rpc import bind, make_server, open_channel
+from baton.rpc import bind, make_server, open_channel, to_error
 from baton.v1 import node_pb2, node_pb2_grpc
+from kv_transfer.client import layout_of
 from kv_transfer.layout import KVLayout
-from ranks.control import serve_control
+from ranks.control import hello_message, serve_control
 from ranks.desk import Desk
 from ranks.drive import Drive
 from ranks.facts import GroupHello
@@ -155,6 +157,23 @@ async def test_a_group_that_closes_ends_the_stream_after_its_last_word(group: Gr
     assert ("a", 1) in router.errors
     with pytest.raises(NodeLost):
         group.desk.check_open()
+
+
+async def test_a_router_of_another_protocol_is_told_both_versions(group: Group, address: str) -> None:
+    async with open_channel(address) as channel:
+        call = node_pb2_grpc.PrefillNodeStub(channel).Control()
+        await call.write(node_pb2.PrefillCommand(hello=node_pb2.RouterHello(protocol_version=PROTOCOL_VERSION + 1)))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+    error = to_error(caught.value)
+    assert isinstance(error, Incompatible)
+    assert f"speaks protocol {PROTOCOL_VERSION + 1}, this node {PROTOCOL_VERSION}" in error.message
+
+
+def test_a_hello_says_all_that_peers_compare(group: Group) -> None:
+    said = hello_message(replace(group.hello(), quantization="w8a8"))
+    assert (said.protocol_version, said.model_fingerprint, said.dtype, said.quantization) == (PROTOCOL_VERSION, "model", "float32", "w8a8")
+    assert layout_of(said.layout) == LAYOUT
 
 
 async def test_a_stream_that_ends_before_its_hello_is_refused(group: Group, address: str) -> None:

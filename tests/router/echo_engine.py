@@ -67,7 +67,8 @@ class EchoEngine:
 
     def status(self) -> dict[str, object]:
         """A pair of nodes that are not there."""
-        return {"pairs": [{"prefill": "prefill-0", "decode": "decode-0", "proven": self.is_ready, "refusal": ""}]}
+        pair = {"prefill": "prefill-0", "decode": "decode-0", "proven": self.is_ready, "refusal": ""}
+        return {"pairs": [pair], "summary": f"{int(self.is_ready)} of 1 pairs are proven and usable"}
 
     def metrics(self) -> bytes:
         """The router's metrics, all zero."""

@@ -17,9 +17,9 @@ from typing import Any
 import grpc
 
 from baton.config import PROTOCOL_VERSION
-from baton.errors import BatonError
+from baton.errors import BatonError, Incompatible
 from baton.request import BlockCounts, SequenceRequest, TokenEvent, TokenLogprob
-from baton.rpc import bind, make_server
+from baton.rpc import abort, bind, make_server
 from baton.v1 import node_pb2, node_pb2_grpc
 from baton.wire import counts_to_message, error_to_message, sequence_from_message, token_event_to_message
 
@@ -42,6 +42,7 @@ class Faults:
     refuse: every new sequence ends with this error. fail_at: so does the one that reaches this output index.
     die_at: the stream breaks when a sequence reaches this output index. die_at_flush: it does when the node is told to flush.
     stutter: every event is said twice, and the first one of a sequence again with each later one.
+    deaf: a router's protocol version is not looked at, as if this node knew of none.
     silent: sequences and flushes are taken and nothing is ever said about them.
     mute: nothing at all is said any more, not even loads.
     """
@@ -51,6 +52,7 @@ class Faults:
     die_at: int | None = None
     die_at_flush: bool = False
     stutter: bool = False
+    deaf: bool = False
     silent: bool = False
     mute: bool = False
 
@@ -78,6 +80,7 @@ class EchoNode:
         beat_s: float = 1.0,
         fingerprint: str = "echo",
         max_model_len: int = 4096,
+        protocol_version: int = PROTOCOL_VERSION,
     ) -> None:
         self.role = role
         self.name = name
@@ -86,6 +89,7 @@ class EchoNode:
         self.beat_s = beat_s
         self.fingerprint = fingerprint
         self.max_model_len = max_model_len
+        self.protocol_version = protocol_version
         self.incarnation = secrets.token_bytes(16)
         self.faults = Faults()
         self.received: list[SequenceRequest] = []
@@ -123,7 +127,7 @@ class EchoNode:
     def hello(self) -> node_pb2.NodeHello:
         """Who the node says it is."""
         return node_pb2.NodeHello(
-            protocol_version=PROTOCOL_VERSION,
+            protocol_version=self.protocol_version,
             node=self.name,
             group=self.group,
             incarnation=self.incarnation,
@@ -165,6 +169,10 @@ class Session:
 
     async def run(self, commands: AsyncIterator[Command], context: Context) -> None:
         """Serve the stream until either side ends it."""
+        version = (await anext(commands)).hello.protocol_version
+        if version != self._node.protocol_version and not self._node.faults.deaf:
+            said = f"the router speaks protocol {version}, this node {self._node.protocol_version}"
+            await abort(context, Incompatible(said, node=self._node.name))
         self._node.sessions.append(self)
         try:
             await context.write(node_pb2.NodeEvent(hello=self._node.hello()))

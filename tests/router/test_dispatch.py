@@ -22,6 +22,7 @@ from baton.errors import (
 )
 from baton.request import Chunk, FinishReason, GenerateRequest, Prompt, SamplingAsked
 from router.dispatch import Dispatcher
+from router.relay import FIRST_PAIR_PATIENCE_S
 from tests.router.conftest import MakeDispatcher
 from tests.router.echo_nodes import EchoNode
 
@@ -287,6 +288,20 @@ async def test_an_incompatible_pair_is_refused_with_both_descriptions(make_dispa
     assert "echo" in refusal and "other" in refusal
     assert not dispatcher.ready()
     assert not decode.received
+    with pytest.raises(Unavailable) as caught:
+        await asyncio.wait_for(collect(dispatcher, asked(max_tokens=4)), FIRST_PAIR_PATIENCE_S / 2)
+    assert (caught.value.cause, caught.value.retryable) == ("incompatible", False)
+    assert refusal in caught.value.message
+    with pytest.raises(Unavailable, match="model: echo there, other here"):
+        await dispatcher.wait_ready(20)
+    fitting = EchoNode("decode", "decode-1")
+    try:
+        dispatcher.add_group("decode", await fitting.start())
+        assert text_of(await collect(dispatcher, asked(max_tokens=4))) == echo(4), "one that fits is enough"
+        assert not decode.received
+    finally:
+        await dispatcher.close()
+        await fitting.stop()
 
 
 async def test_without_nodes_the_answer_is_unavailable(make_dispatcher: MakeDispatcher) -> None:

@@ -8,9 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baton.errors import Unavailable
 from baton.request import BlockCounts
+from router.compare import describe, refusal
 from router.heard import GroupLoad, Hello, Layout, PullReport
-from router.registry import Group, GroupState, Registry, Role, refusal
+from router.registry import Group, GroupState, Registry, Role
+from router.service import pair_to_message
+from router.status import status_of
 
 LAYOUT = Layout(("block", "layer", "part", "head", "slot", "dim"), 16, (64, 64), "bfloat16", 28, 4)
 BUSY = GroupLoad(running_sequences=1, blocks=BlockCounts(8, 7, 0, 1, 0))
@@ -50,24 +54,77 @@ def test_a_pair_is_usable_once_both_have_joined_and_it_is_proven() -> None:
         ({"protocol_version": 2}, "protocol version: 1 there, 2 here"),
         ({"model_fingerprint": "def456"}, "model: abc123 there, def456 here"),
         ({"dtype": "float32"}, "dtype: bfloat16 there, float32 here"),
+        ({"quantization": "w8a8"}, "quantization: none there, w8a8 here"),
         ({"layout": replace(LAYOUT, block_size=128)}, "block size: 16 there, 128 here"),
         ({"layout": replace(LAYOUT, axes=("block", "layer", "part", "slot", "head", "dim"))}, "part/slot/head/dim here"),
-        ({"quantization": "w8a8"}, "quantization: none there, w8a8 here"),
         ({"layout": replace(LAYOUT, model_num_layers=2)}, "layers: 28 there, 2 here"),
         ({"layout": replace(LAYOUT, model_num_kv_heads=8)}, "KV heads: 4 there, 8 here"),
         ({"layout": replace(LAYOUT, part_dims=(128,))}, "KV parts: 64+64 there, 128 here"),
+        ({"layout": replace(LAYOUT, part_dims=(64, 128))}, "KV parts: 64+64 there, 64+128 here"),
         ({"layout": replace(LAYOUT, dtype="float8")}, "KV dtype: bfloat16 there, float8 here"),
     ],
 )
-def test_a_refusal_says_what_differs_and_how(changes: dict[str, object], words: str) -> None:
+def test_a_refusal_says_what_differs_and_describes_both(changes: dict[str, object], words: str) -> None:
     registry = Registry()
-    joined(registry, Role.PREFILL, "prefill-0")
-    joined(registry, Role.DECODE, "decode-0", **changes)
+    prefill = joined(registry, Role.PREFILL, "prefill-0")
+    decode = joined(registry, Role.DECODE, "decode-0", **changes)
     (pair,) = registry.pairs()
-    assert words in pair.refusal
+    assert prefill.hello and decode.hello
+    there, here = describe(prefill.hello), describe(decode.hello)
+    assert there != here
+    assert all(said in pair.refusal for said in (words, f"prefill-0 has {there}", f"decode-0/0 has {here}"))
+    assert pair.refusal.count(" there, ") == 1, "nothing else differs"
     assert not pair.reachable
+    assert pair_to_message(pair).refusal == pair.refusal
+    assert status_of(registry)["pairs"][0]["refusal"] == pair.refusal
+    assert pair.refusal in registry.summary()
+    with pytest.raises(Unavailable) as caught:
+        registry.check_possible()
+    assert pair.refusal in caught.value.message and not caught.value.retryable
     registry.joined(pair.decode, hello("decode-0", life=3), GroupLoad())
     assert pair.reachable, "a new life is compared anew"
+    registry.check_possible()
+
+
+def test_waiting_helps_as_long_as_one_pair_is_not_refused() -> None:
+    registry = Registry()
+    registry.check_possible()
+    joined(registry, Role.PREFILL, "prefill-0")
+    for number in range(6):
+        joined(registry, Role.DECODE, f"decode-{number}", dtype=f"float{number}")
+    with pytest.raises(Unavailable, match=r"decode-0/0.*decode-3/0.*; and 2 more"):
+        registry.check_possible()
+    registry.add(Role.DECODE, "decode-9:1")
+    registry.check_possible()
+
+
+def test_a_node_that_is_refused_stays_so_until_it_is_understood() -> None:
+    registry = Registry()
+    joined(registry, Role.PREFILL, "prefill-0")
+    decode = registry.add(Role.DECODE, "decode-0:1")
+    registry.refused(decode, "protocol 1, this router 2")
+    (pair,) = registry.pairs()
+    assert (decode.state, decode.up, pair.refusal, pair.reachable) == (GroupState.REFUSED, False, "protocol 1, this router 2", False)
+    registry.drain("decode-0:1")
+    registry.loaded(decode, GroupLoad())
+    assert decode.state is GroupState.REFUSED
+    decode.asked_to_drain = False
+    registry.joined(decode, hello("decode-0"), GroupLoad())
+    assert (decode.ready, pair.refusal, pair.reachable) == (True, "", True)
+    registry.lost(decode)
+    registry.refused(decode, "protocol 3, this router 2")
+    assert pair.refusal and not pair.reachable, "another life at the same address"
+
+
+def test_a_failed_proof_is_part_of_how_things_stand() -> None:
+    registry = Registry()
+    joined(registry, Role.PREFILL, "prefill-0")
+    joined(registry, Role.DECODE, "decode-0")
+    registry.pairs()[0].last_error = "cannot reach it"
+    assert registry.summary().endswith(": prefill-0 → decode-0/0: cannot reach it")
+    registry.check_possible()
+    registry.pairs()[0].proven = True
+    assert registry.summary().endswith("usable")
 
 
 def test_what_may_differ_does_not_matter() -> None:

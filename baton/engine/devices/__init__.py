@@ -153,8 +153,12 @@ class Device(Protocol):
         """Root-mean-square norm over the last axis, computed in float32 (https://arxiv.org/abs/1910.07467)."""
         ...
 
-    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotary embedding of x [T, heads, D] in the half-split form of transformers; cos, sin: [T, 1, D / 2], x's dtype."""
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+        """Rotary embedding of x [T, heads, D]; cos, sin: [T, 1, D / 2], x's dtype.
+
+        Pair i of x is (i, i + D / 2), or if interleaved (2i, 2i + 1); of the result it is (i, i + D / 2) either way, as in
+        transformers' apply_rotary_pos_emb and apply_rotary_pos_emb_interleave: what is cached must mean the same on all devices.
+        """
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -171,7 +175,8 @@ class Device(Protocol):
     def experts(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: Matrix, down: Matrix) -> torch.Tensor:
         """Weighted sum of gated MLPs: x [N, H], weights and ids [N, top_k], gate_up [E, 2 * width, H], down [E, H, width] -> [N, H].
 
-        Ids outside 0 … E - 1 belong to other ranks and add nothing. Tokens add up in order of expert id, as in transformers.
+        Ids outside 0 … E - 1 belong to other ranks and add nothing. weights are float32: an expert's output is multiplied in float32,
+        rounded to x's dtype, and added up in that, in order of expert id, as in transformers.
         """
         ...
 

@@ -18,8 +18,7 @@ from baton.engine.devices.cpu_flash import Run, attention
 from baton.engine.devices.cpu_latent import latent_attention
 from baton.engine.devices.cpu_plan import Segment, segments
 
-# What is gathered at once: it should still be in the core's cache when attention reads it, and in memory that malloc has at hand
-# rather than maps and clears anew. One token over 32,768 with 8 KV heads of 128 in float32 takes 6 times as long all at once.
+# What is gathered at once, so that it is still in the core's cache when attention reads it.
 _SEGMENT_BYTES = 4 << 20
 # But not fewer tokens: this many keys are one step inside the fused kernel, and every segment costs a call and a merge.
 _MIN_SEGMENT_TOKENS = 512
@@ -27,26 +26,24 @@ _MIN_SEGMENT_TOKENS = 512
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Held:
-    """A segment of one sequence's context and where it lies.
+    """A segment of one sequence's context: where it lies and where it is gathered to.
 
-    rows: [num_parts * num_kv_heads * num_blocks], in this order, of what `_rows` makes of a layer. slots: which of theirs are meant.
+    rows: [num_parts * num_kv_heads * num_blocks], in this order, of what `_rows` makes of a layer. target: those rows in the step's
+    scratch memory. parts: what is meant of them, each [1, num_kv_heads, tokens, D]; the first and the last block may hold more.
     """
 
     rows: torch.Tensor
-    slots: slice
+    target: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
     causal: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Sequence:
-    """Everything a sequence has in the cache after a step's writes."""
-
-    context_len: int
-    held: tuple[_Held, ...]
-
-
 class CpuBlockAttention:
-    """Implements baton.engine.devices.BlockAttention."""
+    """Implements baton.engine.devices.BlockAttention.
+
+    All segments are gathered into one scratch memory, one after the other and layer by layer: fresh memory for each would cost more
+    than attention does, where malloc has to map and clear it. It lives as long as this object, a step.
+    """
 
     def __init__(self, batch: Batch, like: LayerCache) -> None:
         num_kv_heads, block_size, dim = like.parts[0].shape[1:]
@@ -55,37 +52,42 @@ class CpuBlockAttention:
         blocks = batch.block_tables[owner, batch.positions // block_size] if batch.num_tokens else batch.positions
         self._blocks = torch.from_numpy(blocks.astype(np.int64))
         self._offsets = torch.from_numpy((batch.positions % block_size).astype(np.int64))
+        self._num_kv_heads = num_kv_heads
         self._lens: list[int] = lens.tolist()
-        self._shape = len(like.parts), 1, num_kv_heads, -1, dim
-        of_sequences = zip(self._lens, batch.context_lens.tolist(), batch.block_tables.astype(np.int64), strict=True)
-        self._sequences = [_sequence(*of_sequence, like) for of_sequence in of_sequences]
+        self._context_lens: list[int] = batch.context_lens.tolist()
+        longest = max(_MIN_SEGMENT_TOKENS, _SEGMENT_BYTES // (len(like.parts) * num_kv_heads * dim * like.parts[0].element_size()))
+        cut = [segments(*of_one, longest) for of_one in zip(self._lens, self._context_lens, strict=True)]
+        most_blocks = max((segment.num_blocks(block_size) for of_one in cut for segment in of_one), default=0)
+        scratch = like.parts[0].new_empty(len(like.parts) * num_kv_heads * most_blocks, block_size * dim)
+        tables = batch.block_tables.astype(np.int64)
+        self._held = [[_held(segment, table, like, scratch) for segment in of_one] for of_one, table in zip(cut, tables, strict=True)]
 
     def write(self, parts: Sequence[torch.Tensor], cache: LayerCache) -> None:
         for part, kept in zip(parts, cache.parts, strict=True):
             kept[self._blocks, :, self._offsets] = part
 
     def attend(self, queries: torch.Tensor, cache: LayerCache, scale: float) -> torch.Tensor:
-        if not self._sequences:
+        if not self._held:
             return queries.flatten(1)
-        rows, num_kv_heads = _rows(cache), self._shape[2]
-        of_sequences = zip(torch.split(queries, self._lens), self._sequences, strict=True)
-        outs = [attention(of_one, num_kv_heads, self._gathered(sequence, rows), scale) for of_one, sequence in of_sequences]
-        return torch.cat(outs).flatten(1)
+        rows = _rows(cache)
+        of_sequences = zip(torch.split(queries, self._lens), self._held, strict=True)
+        return torch.cat([attention(of_one, self._num_kv_heads, _gathered(held, rows), scale) for of_one, held in of_sequences]).flatten(1)
 
     def attend_latent(
         self, queries: torch.Tensor, key_up: torch.Tensor, value_up: torch.Tensor, cache: LayerCache, scale: float
     ) -> torch.Tensor:
-        if not self._sequences:
+        if not self._held:
             return queries.new_empty(0, value_up.shape[0] * value_up.shape[1])
         rows = _rows(cache)
-        contexts = [self._gathered(sequence, rows) for sequence in self._sequences]
-        context_lens = [sequence.context_len for sequence in self._sequences]
-        return latent_attention(torch.split(queries, self._lens), contexts, context_lens, key_up, value_up, scale).flatten(1)
+        contexts = [_gathered(held, rows) for held in self._held]
+        return latent_attention(torch.split(queries, self._lens), contexts, self._context_lens, key_up, value_up, scale).flatten(1)
 
-    def _gathered(self, sequence: _Sequence, rows: torch.Tensor) -> Iterator[Run]:
-        """Segment by segment: each part [1, num_kv_heads, tokens, D], and whether it is causal."""
-        for held in sequence.held:
-            yield rows.index_select(0, held.rows).view(self._shape)[:, :, :, held.slots].unbind(), held.causal
+
+def _gathered(held: Sequence[_Held], rows: torch.Tensor) -> Iterator[Run]:
+    """Segment by segment, each valid until the next one is asked for, of this or another sequence."""
+    for segment in held:
+        torch.index_select(rows, 0, segment.rows, out=segment.target)
+        yield segment.parts, segment.causal
 
 
 def _rows(cache: LayerCache) -> torch.Tensor:
@@ -97,17 +99,11 @@ def _rows(cache: LayerCache) -> torch.Tensor:
     return first.as_strided((num_rows, width), (width, 1))
 
 
-def _sequence(num_tokens: int, context_len: int, blocks: Int64, like: LayerCache) -> _Sequence:
-    first = like.parts[0]
-    token_bytes = len(like.parts) * first.shape[1] * first.shape[3] * first.element_size()
-    longest = max(_MIN_SEGMENT_TOKENS, _SEGMENT_BYTES // token_bytes)
-    return _Sequence(context_len, tuple(_held(segment, blocks, like) for segment in segments(num_tokens, context_len, longest)))
-
-
-def _held(segment: Segment, blocks: Int64, like: LayerCache) -> _Held:
+def _held(segment: Segment, table: Int64, like: LayerCache, scratch: torch.Tensor) -> _Held:
     _, num_kv_heads, block_size, dim = like.parts[0].shape
-    first = segment.start // block_size
-    within = blocks[first : -(-segment.stop // block_size)]
-    rows = np.arange(len(like.parts) * num_kv_heads)[:, None] + within * (like.parts[0].stride(0) // (block_size * dim))
-    start = segment.start - first * block_size
-    return _Held(torch.from_numpy(rows.reshape(-1)), slice(start, start + segment.stop - segment.start), segment.causal)
+    first, num_blocks = segment.start // block_size, segment.num_blocks(block_size)
+    blocks = table[first : first + num_blocks] * (like.parts[0].stride(0) // (block_size * dim))
+    rows = torch.from_numpy((np.arange(len(like.parts) * num_kv_heads)[:, None] + blocks).reshape(-1))
+    whole = scratch[: len(rows)].view(len(like.parts), 1, num_kv_heads, num_blocks * block_size, dim)
+    parts = whole.narrow(3, segment.start - first * block_size, segment.stop - segment.start).unbind()
+    return _Held(rows, scratch[: len(rows)], parts, segment.causal)

@@ -26,8 +26,8 @@ def attention(queries: torch.Tensor, num_kv_heads: int, runs: Iterable[Run], sca
         part = _fused(grouped, keys, values, scale=scale) if one else _of_chunk(grouped, keys, values, causal, scale)
         done = part if done is None else _merged(done, part)
     assert done is not None, "no context"
-    out = done[0].to(queries.dtype)
-    return out.view(queries.shape) if one else out.permute(2, 0, 1, 3).reshape(queries.shape)
+    out = done[0] if done[0].dtype == queries.dtype else done[0].to(queries.dtype)  # `to` costs a decode row as much as a view
+    return out.view(1, num_heads, dim) if one else out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, dim)
 
 
 def _of_chunk(grouped: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, causal: bool, scale: float) -> Partial:

@@ -13,6 +13,10 @@ class Segment:
     stop: int
     causal: bool
 
+    def num_blocks(self, block_size: int) -> int:
+        """How many blocks it touches."""
+        return -(-self.stop // block_size) - self.start // block_size
+
 
 def segments(num_tokens: int, context_len: int, longest: int) -> list[Segment]:
     """The whole context, for a step that computes its last num_tokens tokens: what all of them see in runs of up to `longest`.
