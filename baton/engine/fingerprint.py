@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from baton.engine.config_json import read_config
-from baton.engine.quantization_json import DESCRIPTION
+from baton.engine.config_json.quantization import DESCRIPTION
 
 Progress = Callable[[int, int], None]
 _TEXTS = (

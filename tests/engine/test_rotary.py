@@ -17,10 +17,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from baton.engine.config_json import spec_from_config
+from baton.engine.config_json.rope import ROPE_TYPES, max_positions, rope_spec
 from baton.engine.devices import open_device
 from baton.engine.parallel import Groups
 from baton.engine.placement import Placement
-from baton.engine.rope_json import ROPE_TYPES, max_positions, rope_spec
 from baton.engine.rotary import Rotary, rotary_frequencies
 from baton.engine.setting import Setting
 from baton.engine.spec import LinearScaling, ModelSpec, RopeSpec, YarnScaling

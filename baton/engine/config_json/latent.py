@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton.engine.config_fields import Config, Fields
+from baton.engine.config_json.fields import Config, Fields
 from baton.engine.spec import MlaSpec
 from baton.errors import ConfigError
 

@@ -6,7 +6,7 @@ whatever `norm_topk_prob` says (nor did DeepSeek's own code multiply and normali
 
 from __future__ import annotations
 
-from baton.engine.config_fields import Config, Fields
+from baton.engine.config_json.fields import Config, Fields
 from baton.engine.spec import GateSpec, MoeSpec
 from baton.errors import ConfigError
 

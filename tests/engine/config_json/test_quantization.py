@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from baton.engine.config_json import load_spec, spec_from_config
-from baton.engine.quantization_json import DESCRIPTION, checkpoint_kind, quantization_of
+from baton.engine.config_json.quantization import DESCRIPTION, checkpoint_kind, quantization_of
 from baton.errors import ConfigError
 from tests.mission_configs import CONFIGS
 

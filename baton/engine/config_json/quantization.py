@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from baton.engine.config_fields import Config, Fields
+from baton.engine.config_json.fields import Config, Fields
 from baton.errors import ConfigError
 
 DESCRIPTION = "quant_model_description.json"  # modelslim's

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baton.engine.config_fields import Config, Fields
-from baton.engine.experts_json import moe_spec
-from baton.engine.latent_json import mla_spec
-from baton.engine.quantization_json import DESCRIPTION, quantization_of
-from baton.engine.rope_json import latent_softmax_scale, max_positions, rope_spec
+from baton.engine.config_json.experts import moe_spec
+from baton.engine.config_json.fields import Config, Fields
+from baton.engine.config_json.latent import mla_spec
+from baton.engine.config_json.quantization import DESCRIPTION, quantization_of
+from baton.engine.config_json.rope import latent_softmax_scale, max_positions, rope_spec
 from baton.engine.spec import DTYPE_BYTES, MlaSpec, ModelSpec, RopeSpec
 from baton.errors import ConfigError
 

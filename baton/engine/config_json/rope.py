@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from baton.engine.config_fields import Config, Fields
+from baton.engine.config_json.fields import Config, Fields
 from baton.engine.spec import LinearScaling, Llama3Scaling, RopeSpec, YarnScaling
 from baton.errors import ConfigError
 
