@@ -24,7 +24,7 @@ ROWS = (1, 16, 128, 512)
 BATCHES = (1, 16, 64)
 # Without copies, weights that fit would be read from a cache, which they are not where a whole model passes between two uses.
 _BEYOND_CACHES_BYTES = 1 << 27
-_ROUNDS = 7
+_ROUNDS = 9
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 
 import torch
 
@@ -14,13 +13,14 @@ _BUFFER_BYTES = 1 << 28
 
 
 def alternated(calls: Sequence[Call], num_rounds: int) -> list[float]:
-    """Seconds of one call of each: the median over rounds in which they take turns, so that all see the same machine.
+    """Seconds of one call of each: the best of rounds in which they take turns, so that all see the same machine.
 
-    A call is given a running number, by which it can choose among copies of its data.
+    The best and not the median: whatever else runs there only ever adds to a time. A call is given a running number, by which it
+    can choose among copies of its data.
     """
     repeats = [_repeats(call) for call in calls]
     rounds = [[_seconds(call, count) for call, count in zip(calls, repeats, strict=True)] for _ in range(num_rounds)]
-    return [median(of_call) for of_call in zip(*rounds, strict=True)]
+    return [min(of_call) for of_call in zip(*rounds, strict=True)]
 
 
 def memory_bytes_per_s(num_rounds: int = 3) -> float:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import ray
 
 from baton.config import BatonConfig, RankPlan
+from baton.telemetry import configure_logging
 from ranks.facts import LoadProgress, RankAddress, RankCounts
 
 if TYPE_CHECKING:
-    from decode_node.actor import DecodeRank
-    from prefill_node.actor import PrefillRank
+    from decode_node.node import DecodeNode
+    from prefill_node.node import PrefillNode
+    from ranks.node import RankLife
     from router.actor import RouterActor
 
 
@@ -24,8 +27,9 @@ class Rank:
     """One rank process. Ends when the cluster stops it, or dies; `serving` tells whoever waits for that."""
 
     def __init__(self, plan: RankPlan) -> None:
+        configure_logging(plan.config.log_level)
         self._plan = plan
-        self._rank: PrefillRank | DecodeRank | None = None
+        self._life: RankLife | None = None
         self._end = asyncio.Event()
 
     async def pid(self) -> int:
@@ -35,30 +39,29 @@ class Rank:
     async def prepare(self) -> RankAddress:
         """Bind ports; where this rank can be reached."""
         # Importing torch takes seconds, and happens here rather than in __init__ so that its failure crosses as what it is.
-        kind = await asyncio.to_thread(_class_of, self._plan.role)
-        self._rank = kind(self._plan)
-        return await self._rank.prepare()
+        self._life = (await asyncio.to_thread(_import_life))(self._plan)
+        return await self._life.prepare()
 
     async def load(self, addresses: list[RankAddress]) -> None:
-        """Join the node, load weights, allocate KV, warm up."""
+        """Join the node's other ranks, load weights, allocate KV, warm up. Raises ConfigError, NodeLost."""
         await self._prepared().load(addresses)
 
     async def progress(self) -> LoadProgress:
         """How far `load` is."""
-        return await self._prepared().progress()
+        return self._prepared().progress()
 
     async def start(self) -> None:
         """Serve."""
-        await self._prepared().start()
+        await self._prepared().start(await asyncio.to_thread(_import_role, self._plan.role))
 
     async def counts(self) -> RankCounts:
         """Blocks, leases, pulls of this rank."""
-        return await self._prepared().counts()
+        return self._prepared().counts()
 
     async def stop(self) -> None:
         """End everything of this rank; the process may be killed afterwards."""
-        if self._rank is not None:
-            await self._rank.stop()
+        if self._life is not None:
+            await self._life.stop()
         self._end.set()
 
     async def serving(self) -> None:
@@ -67,16 +70,16 @@ class Rank:
         A rank that cannot step any more dies on purpose: its weights and blocks are of no use, and its node must be rebuilt.
         """
         ended = asyncio.create_task(self._end.wait())
-        failed = asyncio.create_task(self._prepared().until_failed())
+        failed = asyncio.create_task(self._prepared().failed.wait())
         await asyncio.wait({ended, failed}, return_when=asyncio.FIRST_COMPLETED)
         ended.cancel()
         failed.cancel()
         if not self._end.is_set():
             ray.actor.exit_actor()  # type: ignore[no-untyped-call]
 
-    def _prepared(self) -> PrefillRank | DecodeRank:
-        assert self._rank is not None, "prepare() comes first"
-        return self._rank
+    def _prepared(self) -> RankLife:
+        assert self._life is not None, "prepare() comes first"
+        return self._life
 
 
 class Front:
@@ -124,11 +127,18 @@ class Front:
         return self._router
 
 
-def _class_of(role: str) -> type[PrefillRank] | type[DecodeRank]:
+def _import_life() -> Callable[[RankPlan], RankLife]:
+    from ranks.host import RankHost
+    from ranks.node import RankLife
+
+    return lambda plan: RankLife(RankHost(plan))
+
+
+def _import_role(role: str) -> type[PrefillNode] | type[DecodeNode]:
     if role == "prefill":
-        from prefill_node.actor import PrefillRank
+        from prefill_node.node import PrefillNode
 
-        return PrefillRank
-    from decode_node.actor import DecodeRank
+        return PrefillNode
+    from decode_node.node import DecodeNode
 
-    return DecodeRank
+    return DecodeNode

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from baton.errors import BatonError, InternalError
@@ -46,13 +46,17 @@ class RankLife:
         self.failed = asyncio.Event()
         self._stepping: asyncio.Task[None] | None = None
 
+    async def prepare(self) -> RankAddress:
+        """Bind ports; where this rank can be reached."""
+        return await self.host.prepare()
+
     async def load(self, addresses: Sequence[RankAddress]) -> None:
         """Join the node and load."""
         await self.host.load(addresses)
 
-    async def start(self, role: Role) -> None:
-        """Serve and step."""
-        self.role = role
+    async def start(self, make_role: Callable[[RankHost], Role]) -> None:
+        """Serve and step in a role: PrefillNode or DecodeNode."""
+        self.role = role = make_role(self.host)
         await self.host.start()
         await role.open()
         self._stepping = asyncio.create_task(self._step_until_closed(role))

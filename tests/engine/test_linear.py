@@ -1,5 +1,9 @@
 """Linear maps over int8 weights: the same integers whichever kernel adds them up, so that a row's result does not depend on its batch."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -36,6 +40,17 @@ def test_the_largest_sums_are_exact(rows: int, x: int, weight: int) -> None:
     for kernel in (product, _product_in_float):
         sums = kernel(torch.full((rows, width), x, dtype=torch.int8), torch.full((24, width), weight, dtype=torch.int8))
         assert bool((sums == width * x * weight).all())
+
+
+@pytest.mark.slow
+def test_a_processor_without_vnni_computes_the_same() -> None:
+    """All of this file, with the kernels of an older processor: they clip, which is found out."""
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        pytest.skip("the variable means something on x86 only")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
+    subprocess.run(command, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=True, timeout=100)
+    asked = "from baton.engine.devices.cpu_linear import _is_exact; raise SystemExit(_is_exact())"
+    subprocess.run([sys.executable, "-c", asked], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

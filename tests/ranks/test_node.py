@@ -55,7 +55,7 @@ async def start(tmp_path: Path, close_error: Exception | None = None) -> tuple[R
     host = RankHost(RankPlan(config=config, role="prefill", node="prefill-0", rank=0, threads=1))
     await host.prepare()
     life, role = RankLife(host), Stepping(host, close_error)
-    await life.start(role)
+    await life.start(lambda _: role)
     await role.in_step.wait()
     return life, role
 

@@ -31,7 +31,7 @@ _PROGRAM = """if True:
 
 @contextlib.contextmanager
 def existing_ray(num_ranks: int) -> Iterator[str]:
-    """The address of a Ray with room for `num_ranks`, for `ray.address`; its token is in this process's environment meanwhile."""
+    """The address of a Ray with room for `num_ranks`, for `ray.address`; this process's environment has its token meanwhile."""
     home = make_home()
     given = environment(home, dict(os.environ))
     command = [sys.executable, "-c", _PROGRAM, str(home), str(num_ranks)]
@@ -40,7 +40,7 @@ def existing_ray(num_ranks: int) -> Iterator[str]:
         address = process.stdout.readline().strip()
         assert address, "Ray has not started"
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"):
+            for name in given.keys() - {"TMPDIR"}:
                 patch.setenv(name, given[name])
             yield address
         process.communicate(timeout=END_S)

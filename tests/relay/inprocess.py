@@ -90,8 +90,8 @@ class InProcess:
         """Load and serve."""
         await self.life.load([await self.host.prepare()])
         self.host.extra_followers = extra_followers
-        self.node = PrefillNode(self.host) if self.role == "prefill" else DecodeNode(self.host)
-        await self.life.start(self.node)
+        await self.life.start(PrefillNode if self.role == "prefill" else DecodeNode)
+        self.node = self.life.role
         return self
 
     @property
