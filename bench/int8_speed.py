@@ -24,7 +24,6 @@ ROWS = (1, 16, 128, 512)
 BATCHES = (1, 16, 64)
 # Without copies, weights that fit would be read from a cache, which they are not where a whole model passes between two uses.
 _BEYOND_CACHES_BYTES = 1 << 27
-_ROUNDS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +136,7 @@ def linear_times(shape: Shape, advance: Advance) -> Iterator[LinearTime]:
     bf16, int8 = _matrices(shape)
     for num_rows in ROWS:
         x = torch.randn(num_rows, shape.into, dtype=torch.bfloat16)
-        bf16_s, int8_s = alternated([partial(_multiply, x, kind) for kind in (bf16, int8)], _ROUNDS)
+        bf16_s, int8_s = alternated([partial(_multiply, x, kind) for kind in (bf16, int8)])
         yield LinearTime(shape, num_rows, bf16_s, int8_s)
         advance(1)
 
@@ -146,7 +145,7 @@ def step_times(bf16: Solo, w8a8: Solo, context_len: int, advance: Advance) -> It
     """Decode steps at every size of BATCHES, each row with context_len tokens. advance(1) after each."""
     for batch in BATCHES:
         step = bf16.step(np.zeros((batch, 1), np.int64), context_len - 1)
-        bf16_s, w8a8_s = alternated([partial(_forward, solo, step) for solo in (bf16, w8a8)], _ROUNDS)
+        bf16_s, w8a8_s = alternated([partial(_forward, solo, step) for solo in (bf16, w8a8)])
         yield StepTime(batch, context_len, bf16_s, w8a8_s)
         advance(1)
 

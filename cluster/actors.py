@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from decode_node.node import DecodeNode
     from prefill_node.node import PrefillNode
     from ranks.node import RankLife
-    from router.actor import RouterActor
+    from router.server import RouterServer
 
 
 class Rank:
@@ -86,7 +86,7 @@ class Front:
     """The router process."""
 
     def __init__(self) -> None:
-        self._router: RouterActor | None = None
+        self._router: RouterServer | None = None
         self._end = asyncio.Event()
 
     async def pid(self) -> int:
@@ -94,15 +94,20 @@ class Front:
         return os.getpid()
 
     async def start(self, config: BatonConfig) -> dict[str, str]:
-        """Listen; {"http": "host:port", "grpc": "host:port"}."""
-        from router.actor import RouterActor
+        """Listen; {"http": "host:port", "grpc": "host:port"}. Raises ConfigError, and leaves nothing open then."""
+        from router.server import RouterServer
 
-        self._router = RouterActor()
-        return await self._router.start(config)
+        configure_logging(config.log_level)
+        self._router = RouterServer(config)
+        try:
+            return await self._router.start()
+        except BaseException:
+            await self._router.stop()
+            raise
 
     async def add_group(self, role: str, address: str) -> None:
         """Use the group whose leader listens on `address`."""
-        await self._started().add_group(role, address)
+        self._started().dispatcher.add_group(role, address)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Return once a pair is proven; DeadlineExceeded says why none was."""
@@ -110,7 +115,7 @@ class Front:
 
     async def status(self) -> dict[str, object]:
         """Groups, pairs, requests."""
-        return await self._started().status()
+        return self._started().dispatcher.status()
 
     async def stop(self) -> None:
         """End all requests and close all ports."""
@@ -122,7 +127,7 @@ class Front:
         """As Rank's."""
         await self._end.wait()
 
-    def _started(self) -> RouterActor:
+    def _started(self) -> RouterServer:
         assert self._router is not None, "start() comes first"
         return self._router
 

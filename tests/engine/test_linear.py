@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.engine.devices import Matrix
-from baton.engine.devices.cpu_linear import _product_in_float, linear, product
+from baton.engine.devices.cpu_linear import linear, product, product_in_float
 from baton.engine.quantize import quantize_rows
 
 ROWS = (0, 1, 2, 6, 7, 16, 17, 128, 130)
@@ -26,7 +26,7 @@ def int8(*shape: int) -> torch.Tensor:
 def test_every_kernel_gives_the_exact_sums(rows: int, width: int) -> None:
     x, weight = int8(rows, width), int8(33, width)
     exact = (x.long() @ weight.long().t()).int()
-    assert torch.equal(_product_in_float(x, weight), exact)
+    assert torch.equal(product_in_float(x, weight), exact)
     if rows:
         assert torch.equal(product(x, weight), exact)
 
@@ -37,7 +37,7 @@ def test_every_kernel_gives_the_exact_sums(rows: int, width: int) -> None:
 def test_the_largest_sums_are_exact(rows: int, x: int, weight: int) -> None:
     """Where a processor would clip pairs in int16, and where float32 has no room to spare."""
     width = 3000
-    for kernel in (product, _product_in_float):
+    for kernel in (product, product_in_float):
         sums = kernel(torch.full((rows, width), x, dtype=torch.int8), torch.full((24, width), weight, dtype=torch.int8))
         assert bool((sums == width * x * weight).all())
 
@@ -49,7 +49,7 @@ def test_a_processor_without_vnni_computes_the_same() -> None:
         pytest.skip("the variable means something on x86 only")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
     subprocess.run(command, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=True, timeout=100)
-    asked = "from baton.engine.devices.cpu_linear import _is_exact; raise SystemExit(_is_exact())"
+    asked = "from baton.engine.devices.cpu_linear import is_exact; raise SystemExit(is_exact())"
     subprocess.run([sys.executable, "-c", asked], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=True, timeout=60)
 
 

@@ -46,7 +46,7 @@ class CpuBlockAttention:
     """
 
     def __init__(self, batch: Batch, like: LayerCache) -> None:
-        num_kv_heads, block_size, dim = like.parts[0].shape[1:]
+        shape = num_parts, num_kv_heads, block_size, dim = len(like.parts), *like.parts[0].shape[1:]
         lens = np.diff(batch.query_starts)
         owner = np.repeat(np.arange(batch.num_sequences), lens)
         blocks = batch.block_tables[owner, batch.positions // block_size] if batch.num_tokens else batch.positions
@@ -55,12 +55,12 @@ class CpuBlockAttention:
         self._num_kv_heads = num_kv_heads
         self._lens: list[int] = lens.tolist()
         self._context_lens: list[int] = batch.context_lens.tolist()
-        longest = max(_MIN_SEGMENT_TOKENS, _SEGMENT_BYTES // (len(like.parts) * num_kv_heads * dim * like.parts[0].element_size()))
+        longest = max(_MIN_SEGMENT_TOKENS, _SEGMENT_BYTES // (num_parts * num_kv_heads * dim * like.parts[0].element_size()))
         cut = [segments(*of_one, longest) for of_one in zip(self._lens, self._context_lens, strict=True)]
         most_blocks = max((segment.num_blocks(block_size) for of_one in cut for segment in of_one), default=0)
-        scratch = like.parts[0].new_empty(len(like.parts) * num_kv_heads * most_blocks, block_size * dim)
-        tables = batch.block_tables.astype(np.int64)
-        self._held = [[_held(segment, table, like, scratch) for segment in of_one] for of_one, table in zip(cut, tables, strict=True)]
+        scratch = like.parts[0].new_empty(num_parts * num_kv_heads * most_blocks, block_size * dim)
+        tables = batch.block_tables.astype(np.int64) * (like.parts[0].stride(0) // (block_size * dim))
+        self._held = [[_held(segment, table, shape, scratch) for segment in of_one] for of_one, table in zip(cut, tables, strict=True)]
 
     def write(self, parts: Sequence[torch.Tensor], cache: LayerCache) -> None:
         for part, kept in zip(parts, cache.parts, strict=True):
@@ -99,11 +99,12 @@ def _rows(cache: LayerCache) -> torch.Tensor:
     return first.as_strided((num_rows, width), (width, 1))
 
 
-def _held(segment: Segment, table: Int64, like: LayerCache, scratch: torch.Tensor) -> _Held:
-    _, num_kv_heads, block_size, dim = like.parts[0].shape
+def _held(segment: Segment, table: Int64, shape: tuple[int, int, int, int], scratch: torch.Tensor) -> _Held:
+    """table: the first row of each block of the sequence. shape: num_parts, num_kv_heads, block_size, D."""
+    num_parts, num_kv_heads, block_size, dim = shape
     first, num_blocks = segment.start // block_size, segment.num_blocks(block_size)
-    blocks = table[first : first + num_blocks] * (like.parts[0].stride(0) // (block_size * dim))
-    rows = torch.from_numpy((np.arange(len(like.parts) * num_kv_heads)[:, None] + blocks).reshape(-1))
-    whole = scratch[: len(rows)].view(len(like.parts), 1, num_kv_heads, num_blocks * block_size, dim)
+    rows = np.arange(num_parts * num_kv_heads)[:, None] + table[first : first + num_blocks]
+    target = scratch[: rows.size]
+    whole = target.view(num_parts, 1, num_kv_heads, num_blocks * block_size, dim)
     parts = whole.narrow(3, segment.start - first * block_size, segment.stop - segment.start).unbind()
-    return _Held(rows, scratch[: len(rows)], parts, segment.causal)
+    return _Held(torch.from_numpy(rows.reshape(-1)), target, parts, segment.causal)

@@ -39,8 +39,8 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     oneDNN repacks its right operand in every call, and slowly if it is a wide matrix transposed: so that is the input there, and the
     weights are only read. bench/ measures it.
     """
-    if x.shape[1] == 1 or not _is_exact():  # with one input oneDNN's sums are rubbish, seen in torch 2.13
-        return _product_in_float(x, weight)
+    if x.shape[1] == 1 or not is_exact():  # with one input oneDNN's sums are rubbish, seen in torch 2.13
+        return product_in_float(x, weight)
     if len(x) == 1 or x.shape[1] < _NARROW:
         return torch._int_mm(x, weight.t())
     if len(x) <= _FEW:
@@ -56,7 +56,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _is_exact() -> bool:
+def is_exact() -> bool:
     """Whether this processor adds products of int8 without saturation.
 
     oneDNN's kernels for x86 without VNNI add pairs of them in int16 and clip, silently
@@ -66,7 +66,7 @@ def _is_exact() -> bool:
     return all(bool((torch._int_mm(x, many.t()) == 64 * 127 * 127).all()) for x in (many, many[:1]))
 
 
-def _product_in_float(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def product_in_float(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The same integers by float32, whose sums are exact below 2 ** 24; slower than weights that are not quantized."""
     total = torch.zeros((len(x), len(weight)), dtype=torch.int32)
     for left, right in zip(torch.split(x, _EXACT, 1), torch.split(weight, _EXACT, 1), strict=True):
