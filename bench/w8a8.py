@@ -78,7 +78,9 @@ def _positions(text: str) -> tuple[int, int]:
 
 
 def measured(options: argparse.Namespace) -> Result:
-    """Everything the options ask for. Raises ConfigError if model, text and lengths do not fit."""
+    """Everything the options ask for. Raises ConfigError if model, text and lengths do not fit, before computing anything."""
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ConfigError(f"--json {options.json}: there is no folder {options.json.parent}")
     set_threads(options.threads)
     task = _task(options)
     setup = Setup(

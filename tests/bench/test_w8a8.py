@@ -76,6 +76,7 @@ def test_what_is_fed_decides_what_comes_next(tiny_moe: Path) -> None:
     ("arguments", "says"),
     [
         (["--text", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--json", "nowhere/result.json"], "there is no folder nowhere"),
         (["--model", "nowhere"], "config.json is missing"),
         (["--positions", "6x2000"], "more than the model's 1024"),
         (["--positions", "5000x8"], "of 5000 prompts"),

@@ -100,13 +100,14 @@ def test_the_length_of_segments_changes_nothing(cached: int, new: int, longest: 
     assert_close(attention(queries, 2, runs, 2.0), plain_attention(queries, keys, values, 2.0))
 
 
-@given(st.integers(0, 300), st.integers(1, 300), st.integers(1, 300))
-def test_segments_cover_a_context_once(cached: int, new: int, longest: int) -> None:
+@given(st.integers(0, 300), st.integers(1, 300), st.integers(1, 300), st.integers(1, 40))
+def test_segments_cover_a_context_once(cached: int, new: int, longest: int, block_size: int) -> None:
     cut = segments(new, cached + new, longest)
     assert [token for run in cut for token in range(run.start, run.stop)] == list(range(cached + new))
     assert [run for run in cut if run.causal] == (cut[-1:] if new > 1 else [])
     assert all(0 < run.stop - run.start <= longest for run in cut if not run.causal)
     assert new == 1 or cut[-1].start == cached
+    assert all(run.num_blocks(block_size) == len({token // block_size for token in range(run.start, run.stop)}) for run in cut)
 
 
 # As DeepSeek has it; a narrow latent; values wider than keys.

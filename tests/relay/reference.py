@@ -28,7 +28,7 @@ class Oracle:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
         self._model: PreTrainedModel = model.eval()
         self._known: dict[tuple[tuple[int, ...], int], Expected] = {}
-        self._known_seeded: dict[tuple[int, ...], list[int]] = {}
+        self._known_logits: dict[tuple[tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
 
     def greedy(self, prompt_ids: Sequence[int], max_tokens: int) -> Expected:
         """`max_tokens` tokens, end-of-sequence ignored. Asked again (by the next shape), it answers from memory."""
@@ -37,28 +37,30 @@ class Oracle:
             self._known[key] = self._generate(prompt_ids, max_tokens)
         return self._known[key]
 
-    def seeded(self, prompt_ids: Sequence[int], sampling: Mapping[str, float]) -> list[int]:
-        """What Baton's rule (design rule 6) draws from transformers' distributions; always with the same `sampling`."""
-        key = tuple(prompt_ids)
-        if key not in self._known_seeded:
-            self._known_seeded[key] = self._draw(prompt_ids, sampling)
-        return self._known_seeded[key]
+    def follows(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> Expected:
+        """Greedy continuation again, found in one pass: what is most likely after the prompt and each part of an answer.
 
-    def _draw(self, prompt_ids: Sequence[int], sampling: Mapping[str, float]) -> list[int]:
-        token_ids: list[int] = []
-        for index in range(int(sampling["max_tokens"])):
+        An answer that equals it token for token equals, from the first token on, what greedy decoding would have said.
+        """
+        logits = self._logits(prompt_ids, token_ids)
+        best = logits.argmax(dim=-1)
+        logprobs = torch.log_softmax(logits, dim=-1).gather(1, best.unsqueeze(1)).squeeze(1)
+        return Expected(best.tolist(), logprobs.tolist())
+
+    def draws(self, prompt_ids: Sequence[int], token_ids: Sequence[int], sampling: Mapping[str, float]) -> list[int]:
+        """The same for a seeded answer: what Baton's rule (design rule 6) draws from transformers' distributions."""
+        how = [_sample_row(index, sampling) for index in range(len(token_ids))]
+        batch = Batch.build([Row([0], 0, [0], row) for row in how])
+        return [int(token) for token in sample(self._logits(prompt_ids, token_ids), batch).token_ids]
+
+    def _logits(self, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> torch.Tensor:
+        """[len(token_ids), vocabulary] fp32, from one pass; remembered, since the next shape says the same."""
+        key = (tuple(prompt_ids), tuple(token_ids))
+        if key not in self._known_logits:
             with torch.inference_mode():
-                logits = self._model(torch.tensor([[*prompt_ids, *token_ids]])).logits[0, -1:].float()
-            how = SampleRow(
-                seed=int(sampling["seed"]),
-                output_index=index,
-                temperature=sampling["temperature"],
-                top_k=int(sampling["top_k"]),
-                top_p=sampling["top_p"],
-                min_p=sampling["min_p"],
-            )
-            token_ids.append(int(sample(logits, Batch.build([Row([0], 0, [0], how)])).token_ids[0]))
-        return token_ids
+                logits = self._model(torch.tensor([[*prompt_ids, *token_ids[:-1]]])).logits
+            self._known_logits[key] = logits[0, len(prompt_ids) - 1 :].float()
+        return self._known_logits[key]
 
     def _generate(self, prompt_ids: Sequence[int], max_tokens: int) -> Expected:
         prompt = torch.tensor([list(prompt_ids)])
@@ -75,3 +77,14 @@ class Oracle:
             token_ids = output[0, len(prompt_ids) :].tolist()
             rows = torch.log_softmax(self._model(output).logits[0, len(prompt_ids) - 1 : -1].float(), dim=-1)
         return Expected(token_ids, [float(row[token]) for row, token in zip(rows, token_ids, strict=True)])
+
+
+def _sample_row(index: int, sampling: Mapping[str, float]) -> SampleRow:
+    return SampleRow(
+        seed=int(sampling["seed"]),
+        output_index=index,
+        temperature=sampling["temperature"],
+        top_k=int(sampling["top_k"]),
+        top_p=sampling["top_p"],
+        min_p=sampling["min_p"],
+    )
