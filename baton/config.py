@@ -77,7 +77,7 @@ class TransferConfig(Section):
     )
     handshake_s: float = Field(5.0, gt=0, description="seconds within which a peer must answer a Pull, even if only 'queued'")
     lease_s: float = Field(60.0, gt=0, description="seconds after the last announcement or read when an unread lease expires")
-    read_s: float = Field(30.0, gt=0, description="seconds within which announced bytes must have been read")
+    read_s: float = Field(30.0, gt=0, description="seconds that one read (at most 256 MiB per rank) may take")
 
 
 class RouterConfig(Section):

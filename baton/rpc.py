@@ -101,6 +101,8 @@ def join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+# Together under 8 KiB, although a status has up to three bytes for one of its text.
+_MAX_STATUS_BYTES, _MAX_MESSAGE_BYTES = 1024, 4096
 # What gRPC says by itself, without a trailer of ours, when a connection breaks: at once, or in the middle of a stream.
 _BROKEN = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
 
@@ -124,11 +126,21 @@ class Health:
 
 
 async def abort(context: grpc.aio.ServicerContext, error: BatonError) -> NoReturn:  # type: ignore[type-arg]
-    """End a call with the error's status; its facts travel as an ErrorDetail in the trailing metadata."""
-    detail = error_to_message(error).SerializeToString()
+    """End a call with the error's status; its facts travel as an ErrorDetail in the trailing metadata.
+
+    A long message is cut: gRPC lets 8 KiB of metadata through, and makes a RESOURCE_EXHAUSTED of its own of what has more.
+    """
+    detail = error_to_message(error)
+    detail.message = _cut(error.message, _MAX_MESSAGE_BYTES)
     status: grpc.StatusCode = grpc.StatusCode[error.status]
-    await context.abort(status, error.message, ((ERROR_TRAILER, detail),))
+    await context.abort(status, _cut(error.message, _MAX_STATUS_BYTES), ((ERROR_TRAILER, detail.SerializeToString()),))
     raise AssertionError("context.abort returned")
+
+
+def _cut(text: str, most_bytes: int) -> str:
+    """The text, or the start of it and an ellipsis, in at most so many bytes of UTF-8."""
+    raw = text.encode()
+    return text if len(raw) <= most_bytes else raw[: most_bytes - len("…".encode())].decode(errors="ignore") + "…"
 
 
 def to_error(error: grpc.RpcError, *, stage: str = "", node: str = "") -> BatonError:

@@ -50,7 +50,6 @@ class KeptCluster:
         self._show_logs = show_logs
         self._home = make_home()
         self._process: subprocess.Popen[str] | None = None
-        self._family: dict[int, psutil.Process] = {}
         self._reader: threading.Thread | None = None
         self._events: queue.Queue[Event | None] = queue.Queue()
         self._pending: dict[int, Future[Any]] = {}
@@ -97,8 +96,6 @@ class KeptCluster:
         limit_s = self._config.ray.ready_s + _EXTRA_START_S
         while True:
             event = self._next(limit_s)
-            assert self._process is not None
-            self._note_family(self._process.pid)
             if isinstance(event, Ready):
                 return event.info
             if isinstance(event, Failed):
@@ -141,23 +138,16 @@ class KeptCluster:
         """Take everything down and wait until no process of the cluster is left. Safe to call twice."""
         process, self._process = self._process, None
         if process is not None:
-            self._note_family(process.pid)
             _hang_up(process)
             try:
                 process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-            _end(list(self._family.values()))
-            process.wait(_KILL_S)
+                process.wait(_KILL_S)
+            _end(session_of(process.pid))
             assert self._reader is not None
             self._reader.join(_KILL_S)
         remove_home(self._home)
-
-    def _note_family(self, keeper: int) -> None:
-        """Remember every process below the keeper: should it be killed, some of Ray's would stay for a minute."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(keeper).children(recursive=True):
-                self._family.setdefault(process.pid, process)
 
     def _next(self, timeout_s: float) -> Event:
         try:
@@ -216,6 +206,21 @@ class KeptCluster:
 
     def __exit__(self, *failure: object) -> None:
         self.stop()
+
+
+def session_of(leader: int) -> list[psutil.Process]:
+    """Every living process of the session of `leader`, who has ended, whoever its parent is by now.
+
+    Should a keeper be killed, some of Ray's processes would stay for minutes, and no parent knows them any more: those that Ray was
+    starting just then as well. A session's number is not given away while one of its processes lives.
+    """
+    found: list[psutil.Process] = []
+    pids = psutil.pids()
+    for pid in pids if leader not in pids else ():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(pid) == leader and (process := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def _hang_up(process: subprocess.Popen[str]) -> None:

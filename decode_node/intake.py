@@ -24,6 +24,9 @@ from ranks.session import Key, PullFacts
 
 log = logging.getLogger(__name__)
 
+# At most so much is asked of a rank at once: time limits are for reads of bounded size, however long the prompt that was announced.
+READ_BYTES = 256 * 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class PullSource:
@@ -67,11 +70,20 @@ OnFailed = Callable[[Key, BatonError], None]
 
 
 class Intake:
-    """All pulls of one group. State owner: the leader's event loop."""
+    """All pulls of one group. State owner: the leader's event loop. block_bytes: of one block on one rank."""
 
     def __init__(
-        self, scheduler: DecodeScheduler, client: PullClient, reader: GroupReader, read_s: float, on_pulled: OnPulled, on_failed: OnFailed
+        self,
+        scheduler: DecodeScheduler,
+        client: PullClient,
+        reader: GroupReader,
+        on_pulled: OnPulled,
+        on_failed: OnFailed,
+        *,
+        read_s: float,
+        block_bytes: int,
     ) -> None:
+        self.max_read_blocks = max(1, READ_BYTES // block_bytes)
         self._scheduler = scheduler
         self._client = client
         self._reader = reader
@@ -135,10 +147,15 @@ class Intake:
     async def _take(self, progress: Progress, incarnation: bytes, announced: Announced, deadline: Deadline) -> None:
         progress.last_announced_s = time.monotonic()
         progress.final = announced.final or progress.final
-        if not announced.block_ids:
-            return
-        bound = self._scheduler.bind(progress.key, len(announced.block_ids))
-        order = ReadOrder(incarnation, announced.block_ids, announced.generations, tuple(block for block, _ in bound))
+        for at in range(0, len(announced.block_ids), self.max_read_blocks):
+            some = slice(at, at + self.max_read_blocks)
+            await self._read(progress, incarnation, announced.block_ids[some], announced.generations[some], deadline)
+
+    async def _read(
+        self, progress: Progress, incarnation: bytes, block_ids: tuple[int, ...], generations: tuple[int, ...], deadline: Deadline
+    ) -> None:
+        bound = self._scheduler.bind(progress.key, len(block_ids))
+        order = ReadOrder(incarnation, block_ids, generations, tuple(block for block, _ in bound))
         progress.bytes_read += await to_the_end(self._reader.read(order, deadline.sooner(self._read_s)))
         progress.blocks += len(bound)
 

@@ -38,7 +38,15 @@ class DecodeLeader:
             max_model_len=host.max_model_len,
         )
         self.client = PullClient(handshake_s=config.transfer.handshake_s)
-        self.intake = Intake(self.scheduler, self.client, reader, config.transfer.read_s, self._pulled, self._pull_failed)
+        self.intake = Intake(
+            self.scheduler,
+            self.client,
+            reader,
+            self._pulled,
+            self._pull_failed,
+            read_s=config.transfer.read_s,
+            block_bytes=host.shape.block_bytes,
+        )
         self.drive = Drive(host.step, host.wake_others, self)
 
     # What the router asks.

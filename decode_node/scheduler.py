@@ -262,10 +262,6 @@ class DecodeScheduler:
             self._pool.unquarantine(entry.foreign)
             self._end(entry)
 
-    def has_work(self, blocked: AbstractSet[Key] = frozenset()) -> bool:
-        """Whether `plan` would have anything to compute: what a lock-step rank wakes for."""
-        return bool(self._runnable(blocked))
-
     def load(self) -> DecodeLoad:
         """How busy this group is. O(sequences)."""
         running = sum(entry.stage is Stage.RUNNING for entry in self._active.values())

@@ -68,8 +68,10 @@ class Lines:
     async def give_back(self, line: _Line) -> None:
         """One Pull has ended."""
         line.open_pulls -= 1
-        for address in surplus({address: known.open_pulls for address, known in self._lines.items()}, self._most):
-            await self._lines.pop(address).channel.close(None)
+        gone = surplus({address: known.open_pulls for address, known in self._lines.items()}, self._most)
+        # All at once, before anybody else runs: one that is still listed while another is closed could be taken by a new Pull.
+        for closing in [self._lines.pop(address) for address in gone]:
+            await closing.channel.close(None)
 
     async def close(self) -> None:
         """Close all; Pulls end with NodeLost."""

@@ -11,8 +11,6 @@ from baton.errors import Incompatible
 AXES = ("block", "layer", "part", "head", "slot", "dim")
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_BYTES = 2**63 - 1  # offsets are int64
-# What source and target must have in common. The rest (block counts, layers, heads) is what resharding is for.
-SHARED = ("axes", "block_size", "part_dims", "dtype", "model_num_layers", "model_num_kv_heads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,21 +130,23 @@ class KVLayout:
         sizes = {"block": self.num_blocks, "layer": self.num_layers, "head": self.num_heads, "slot": self.block_size}
         return prod(sizes[inner] for inner in self._within(axis) if inner in sizes)
 
-    def _shared(self) -> tuple[object, ...]:
-        return (
-            self.axes,
-            self.block_size,
-            self.part_dims,
-            self.dtype,
-            self.model_num_layers,
-            self.model_num_kv_heads,
-        )
+    def shared(self) -> dict[str, object]:
+        """What source and target must have in common, by name. The rest (block counts, layers, heads) is what resharding is for."""
+        return {
+            "axes": self.axes,
+            "block_size": self.block_size,
+            "part_dims": self.part_dims,
+            "dtype": self.dtype,
+            "model_num_layers": self.model_num_layers,
+            "model_num_kv_heads": self.model_num_kv_heads,
+        }
 
 
 def check_compatible(sources: Sequence[KVLayout], target: KVLayout) -> None:
     """Raise Incompatible, naming both sides, unless `target` can be filled from `sources`."""
+    wanted = target.shared()
     for source in sources:
-        differing = [name for name, a, b in zip(SHARED, source._shared(), target._shared(), strict=True) if a != b]
+        differing = [name for name, value in source.shared().items() if value != wanted[name]]
         if differing:
             raise Incompatible(
                 f"KV layouts differ in {', '.join(differing)}: source {source.describe()}; target {target.describe()}",

@@ -8,7 +8,7 @@ from kv_transfer.choose import host_id
 from kv_transfer.layout import KVLayout
 from kv_transfer.pool import Pool
 from kv_transfer.shm import ShmSource
-from kv_transfer.tcp_source import TcpCounts, TcpSource
+from kv_transfer.tcp_source import TcpSource
 from kv_transfer.thread import TransferThread
 from kv_transfer.transport import Export, Source
 
@@ -47,11 +47,6 @@ class SourceRank:
             pool_bytes=len(pool.data),
         )
         thread.run(lambda: thread.on_exit(self._end), Deadline.after(START_S))
-
-    @property
-    def tcp_counts(self) -> TcpCounts:
-        """What the tcp transport has done so far; zeros if it is not offered."""
-        return self._tcp.counts if self._tcp else TcpCounts()
 
     def close(self) -> None:
         """Serve no more, from any thread; returns when all sockets are closed."""

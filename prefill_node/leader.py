@@ -12,7 +12,8 @@ from baton.request import SequenceRequest, TokenEvent
 from kv_transfer.lease import FinalToken, LeaseState
 from kv_transfer.server import TransferService
 from kv_transfer.transport import Export
-from prefill_node.scheduler import PrefillOutcome, PrefillScheduler
+from prefill_node.outcome import PrefillOutcome
+from prefill_node.scheduler import PrefillScheduler
 from ranks.desk import Desk, no_token
 from ranks.drive import Drive
 from ranks.facts import GroupHello

@@ -4,7 +4,8 @@
        ▲                                        │ │                                ▲
        └────────────────revoked─────────────────┘ └──▶ ENDING (pull open) ─────────┘
 
-A prompt reserves all its blocks when it starts and takes them chunk by chunk, so one that runs never waits for another.
+A prompt reserves all its blocks when it starts and takes them chunk by chunk, so one that runs never waits for another's blocks.
+How the tokens of a step are shared out is in shares.py.
 Blocks are given up only when no step writes them and no pull reads them: until then a prompt that is over is ENDING.
 Knows no clock: leases expire when the node says so.
 """
@@ -12,6 +13,7 @@ Knows no clock: leases expire when the node says so.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +24,8 @@ from baton.engine.blocks import BlockPool, blocks_for
 from baton.engine.sequence import Answer, Key, Sequence, WaitingLine, check_sequence
 from baton.errors import InvalidRequest, ResourceExhausted
 from baton.request import SequenceRequest, TokenEvent
+from prefill_node.outcome import Announced, PrefillLoad, PrefillOutcome
+from prefill_node.shares import Shares
 
 AGE_LIMIT = 16
 RETRY_AFTER_S = 1.0
@@ -46,50 +50,17 @@ _NEXT = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Announced:
-    """Blocks first_block, first_block + 1, … of a lease's prompt are readable now: (block, generation) of each.
-
-    final is the token drawn after the prompt, on the last announcement only. A request that ends with it while nobody
-    pulls announces no blocks: they are given up in the same step.
-    """
-
-    lease: int
-    first_block: int
-    blocks: tuple[tuple[int, int], ...]
-    final: TokenEvent | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillOutcome:
-    """What a step brought.
-
-    ended: leases whose blocks were given up; a pull that comes for one finds it gone. failed: attempts for which no token could be drawn.
-    """
-
-    events: tuple[TokenEvent, ...] = ()
-    announcements: tuple[Announced, ...] = ()
-    ended: tuple[int, ...] = ()
-    failed: tuple[Key, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillLoad:
-    """Prompts waiting and being computed, tokens these still have to compute, leases whose blocks are held."""
-
-    waiting: int
-    running: int
-    waiting_tokens: int
-    leases: int
-
-
 @dataclass(slots=True, eq=False)
 class _Prompt:
-    """accepted: a decode group has room for it. pulled: by one decode or more. in_step: the planned step writes its blocks."""
+    """accepted: a decode group has room for it. pulled: by one decode or more. in_step: the planned step writes its blocks.
+
+    num_expected: tokens to compute, as far as could be seen when it came.
+    """
 
     sequence: Sequence
     lease: int
     arrival: int
+    num_expected: int
     stage: Stage = Stage.WAITING
     accepted: bool = False
     revoked: bool = False
@@ -108,6 +79,7 @@ class _Prompt:
 
     @property
     def num_left(self) -> int:
+        """Tokens still to be computed."""
         return len(self.sequence.token_ids) - self.sequence.num_computed
 
 
@@ -122,7 +94,6 @@ class _Chunk:
 class _Step:
     """A step being planned."""
 
-    budget: int
     rows: list[Row] = field(default_factory=list)
     chunks: list[_Chunk] = field(default_factory=list)
     new_blocks: list[tuple[int, int]] = field(default_factory=list)
@@ -172,7 +143,8 @@ class PrefillScheduler:
         num_tokens = len(request.prompt_ids) + len(request.emitted_ids)
         check_sequence(request, num_slots=num_tokens, max_model_len=self._max_model_len, pool=self._pool, stage="prefill")
         self._check_room()
-        prompt = _Prompt(Sequence.make(request, self._pool.block_size), lease, self._num_arrived)
+        sequence = Sequence.make(request, self._pool.block_size)
+        prompt = _Prompt(sequence, lease, self._num_arrived, sequence.num_uncached(self._pool))
         self._num_arrived += 1
         self._requests.setdefault(request.request_id, {})[request.attempt] = prompt
         if lease:
@@ -243,12 +215,15 @@ class PrefillScheduler:
         return tuple(revoked)
 
     def plan(self) -> Batch:
-        """The next step: chunks of running prompts, oldest first, then of new ones. Empty when nothing can run."""
+        """The next step: chunks of prompts that run, and of new ones. Empty when nothing can run."""
         assert not self._chunks, "the step before was not applied"
-        step = _Step(self._max_step_tokens)
-        for _, prompt in sorted(self._running.items()):
-            self._add_chunk(step, prompt)
-        self._line.serve(partial(self._start, step))
+        shares = Shares.of(self._max_step_tokens, list(self._running.values()))
+        first = self._first_by_age()
+        self._line.serve(partial(self._start, shares, first), lambda prompt: (prompt is not first, prompt.num_expected, prompt.arrival))
+        shares.serve(math.inf)
+        step = _Step()
+        for prompt, count in shares.given:
+            self._add_chunk(step, prompt, count)
         self._chunks = step.chunks
         return Batch.build(step.rows, step.new_blocks)
 
@@ -300,8 +275,15 @@ class PrefillScheduler:
                 retry_after_s=RETRY_AFTER_S,
             )
 
-    def _start(self, step: _Step, prompt: _Prompt) -> Answer:
-        if step.budget == 0 or len(self._running) >= self._max_sequences:
+    def _first_by_age(self) -> _Prompt | None:
+        """The waiting prompt that is older than all that run: its turn is before that of shorter ones."""
+        oldest = next((prompt for prompt in self._line.items() if self._may_start(prompt)), None)
+        return oldest if oldest and all(oldest.arrival < arrival for arrival in self._running) else None
+
+    def _start(self, shares: Shares[_Prompt], first: _Prompt | None, prompt: _Prompt) -> Answer:
+        if prompt is not first:
+            shares.serve(prompt.num_expected)
+        if not shares.room() or len(self._running) >= self._max_sequences:
             return Answer.STEP_FULL
         if not self._may_start(prompt):
             return Answer.NOT_YET
@@ -311,7 +293,7 @@ class PrefillScheduler:
         self._running[prompt.arrival] = prompt
         if not prompt.wanted:
             self._unaccepted.add(prompt.lease)
-        self._add_chunk(step, prompt)
+        shares.give(prompt)
         return Answer.STARTED
 
     def _may_start(self, prompt: _Prompt) -> bool:
@@ -320,16 +302,14 @@ class PrefillScheduler:
     def _num_blocks(self, prompt: _Prompt) -> int:
         return blocks_for(len(prompt.sequence.token_ids), self._pool.block_size)
 
-    def _add_chunk(self, step: _Step, prompt: _Prompt) -> None:
+    def _add_chunk(self, step: _Step, prompt: _Prompt, count: int) -> None:
         sequence = prompt.sequence
-        start, end = sequence.num_computed, sequence.num_computed + min(step.budget, prompt.num_left)
-        assert start < end, "oldest first leaves at most one prompt half computed, and that one is served first"
+        start, end = sequence.num_computed, sequence.num_computed + count
         last = end == len(sequence.token_ids)
         step.new_blocks += sequence.extend(self._pool, blocks_for(end, self._pool.block_size) - len(sequence.block_ids))
         step.rows.append(Row(sequence.token_ids[start:end], start, tuple(sequence.block_ids), sequence.sample_row() if last else None))
         step.chunks.append(_Chunk(prompt, end, step.num_sampled if last else None))
         step.num_sampled += last
-        step.budget -= end - start
         prompt.in_step = True
 
     def _final(self, chunk: _Chunk, sampled: Sampled) -> TokenEvent | None:

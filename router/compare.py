@@ -7,8 +7,8 @@ from router.heard import Hello
 
 def refusal(prefill: Hello, decode: Hello) -> str:
     """Why the two can never form a pair: each difference with both values, then both described in full; "" if they can."""
-    told = [(name, _facts(prefill)[name], _facts(decode)[name]) for name in _facts(prefill)]
-    differences = [f"{name}: {there} there, {here} here" for name, there, here in told if there != here]
+    theirs, ours = _facts(prefill), _facts(decode)
+    differences = [f"{name}: {theirs[name]} there, {ours[name]} here" for name in ours if theirs[name] != ours[name]]
     if not differences:
         return ""
     there, here = prefill.node, f"{decode.node}/{decode.group}"

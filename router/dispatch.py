@@ -30,7 +30,7 @@ from router.choices import Prepared
 from router.fleet import Fleet
 from router.flush import Flushed
 from router.prove import Prover
-from router.registry import GroupState, Role
+from router.registry import Role
 from router.relay import FIRST_PAIR_PATIENCE_S
 from router.schema import ModelCard
 from router.status import status_of
@@ -137,7 +137,7 @@ class Dispatcher:
         if not groups:
             raise self._no_node(node)
         deadline = Deadline.after(timeout_s)
-        while any(group.state is not GroupState.GONE and not group.idle for group in groups):
+        while any(group.up and not group.idle for group in groups):
             if not await self.fleet.changed(deadline.left_s()):
                 return False
         return True

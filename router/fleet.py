@@ -128,7 +128,7 @@ class Fleet:
 
     async def flush_cache(self, groups: Iterable[Group], timeout_s: float) -> Flushed:
         """Have groups forget the cached blocks that nobody uses. Raises NodeLost, DeadlineExceeded."""
-        return await self.flushes.run({group.name: self.link(group) for group in groups}, timeout_s)
+        return await self.flushes.run([(group.name, self.link(group)) for group in groups], timeout_s)
 
     async def changed(self, timeout_s: float | None) -> bool:
         """Wait until a group or pair may have changed; False if that took too long. None: the caller has a deadline of its own."""

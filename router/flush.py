@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,11 +47,14 @@ class Flushes:
     def __len__(self) -> int:
         return len(self._asked)
 
-    async def run(self, links: Mapping[str, Flushable], timeout_s: float) -> Flushed:
-        """Flush groups, by name. Raises NodeLost or DeadlineExceeded if one has not answered; the others may have been flushed then."""
+    async def run(self, groups: Iterable[tuple[str, Flushable]], timeout_s: float) -> Flushed:
+        """Flush groups, given by name and link; a name may be there twice, while a node takes another's place.
+
+        Raises NodeLost or DeadlineExceeded if one has not answered; the others may have been flushed then.
+        """
         mine: dict[int, _Asked] = {}
         try:
-            for name, link in links.items():
+            for name, link in groups:
                 number = next(self._numbers)
                 link.flush_cache(number)
                 mine[number] = self._asked[number] = _Asked(name, link, asyncio.get_running_loop().create_future())

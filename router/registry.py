@@ -209,8 +209,12 @@ class Registry:
             raise Unavailable(f"no two nodes can work together: {reasons}", stage="router", cause="incompatible", retryable=False)
 
     def max_model_len(self) -> int | None:
-        """The longest prompt plus answer that every ready group takes, tokens; None if none is ready."""
-        return min((group.hello.max_model_len for group in self._groups.values() if group.ready and group.hello), default=None)
+        """The longest prompt plus answer that every ready group takes, tokens; None if none is ready.
+
+        A group that is refused by all others gets no work, so what it takes does not matter.
+        """
+        groups = {group for pair in self._pairs.values() if not pair.refusal for group in (pair.prefill, pair.decode)}
+        return min((group.hello.max_model_len for group in groups if group.ready and group.hello), default=None)
 
     def get(self, address: str) -> Group | None:
         """The group at an address."""

@@ -65,11 +65,19 @@ DOORS: dict[str, list[str]] = {
 # What decides is pure: plain values in, a plan out.
 PURE = [
     "*/scheduler.py",
+    "prefill_node/shares.py",
     "router/policy.py",
     "router/admission.py",
+    "router/compare.py",
+    "kv_transfer/layout.py",
     "kv_transfer/lease.py",
     "kv_transfer/reshard.py",
+    "ranks/capacity.py",
+    "ranks/layouts.py",
+    "cluster/plan.py",
     "baton/engine/blocks.py",
+    "baton/engine/fits.py",
+    "baton/engine/placement.py",
 ]
 IMPURE = ("torch", "time", "asyncio", "threading", "multiprocessing", "socket", "subprocess", "os")
 

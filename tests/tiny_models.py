@@ -90,17 +90,7 @@ def make_tiny(arch: str, out: Path, dtype: str = "float32", seed: int = 0, max_s
     deepseek_v2_grouped as V2 (compressed queries, groups, biases, values wider than keys), deepseek_v3 with YaRN and a gate's bias.
     max_shard_size: e.g. "100KB" for a checkpoint of several files.
     """
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(arch), dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.add_(torch.randn_like(buffer) * 0.2)
-    model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
-    model.to(getattr(torch, dtype)).save_pretrained(out, max_shard_size=max_shard_size)
+    save_model(tiny_config(arch), out, dtype, seed, max_shard_size)
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_tokenizer()),
         eos_token=SPECIAL[EOS_ID],
@@ -110,6 +100,21 @@ def make_tiny(arch: str, out: Path, dtype: str = "float32", seed: int = 0, max_s
         clean_up_tokenization_spaces=False,
     ).save_pretrained(out)
     return out
+
+
+def save_model(config: PreTrainedConfig, out: Path, dtype: str = "float32", seed: int = 0, max_shard_size: str = "1GB") -> None:
+    """Write weights and configuration of a random model, without a tokenizer."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.2)
+    model.generation_config = GenerationConfig(eos_token_id=EOS_ID, pad_token_id=PAD_ID)
+    model.to(getattr(torch, dtype)).save_pretrained(out, max_shard_size=max_shard_size)
 
 
 def tiny_config(arch: str) -> PreTrainedConfig:

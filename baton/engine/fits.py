@@ -1,4 +1,7 @@
-"""Whether a model can be shared out among the ranks of a node, before there is any. Pure; knows no tensors, files or processes."""
+"""Whether a model can be shared out among the ranks of a node, and what a KV block takes there, before there is any.
+
+Pure; knows no tensors, files or processes.
+"""
 
 from __future__ import annotations
 

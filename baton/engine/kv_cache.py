@@ -47,10 +47,6 @@ class KVShape:
         """Bytes of one block on this rank."""
         return self.num_layers * self.num_heads * self.block_size * sum(self.part_dims) * self.dtype_bytes
 
-    def num_blocks(self, memory_bytes: int) -> int:
-        """How many blocks fit."""
-        return memory_bytes // self.block_bytes
-
 
 class KVCache:
     """Views of the node's buffer, one per layer, without a copy; and the stamps that tell one content of a block from the next.

@@ -9,7 +9,7 @@ import bisect
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from baton.engine.batch import Sampled, SampleRow
 from baton.engine.blocks import BlockPool, blocks_for, chain_hashes, next_hash, root_hash
@@ -60,6 +60,10 @@ class Sequence:
         fitted = pool.reserve(self.reserved)
         assert fitted, "fits() and match() disagree"
         return True
+
+    def num_uncached(self, pool: BlockPool) -> int:
+        """Tokens that would have to be computed if it began now."""
+        return len(self.token_ids) - pool.peek(self._prefix(pool)) * pool.block_size
 
     def _prefix(self, pool: BlockPool) -> list[bytes]:
         # Never the block of the last token: that one is always computed, into a block of this sequence's own.
@@ -188,12 +192,12 @@ class WaitingLine(Generic[Item]):
         assert self._places[at].arrival == arrival
         del self._places[at]
 
-    def serve(self, start: Callable[[Item], Answer]) -> None:
-        """Try to start everyone in turn; those that started are no longer in line."""
+    def serve(self, start: Callable[[Item], Answer], turn: Callable[[Item], Any] | None = None) -> None:
+        """Try to start everyone, by arrival or by `turn`, least first; those that started are no longer in line."""
         passed: list[_Place[Item]] = []
         started: set[int] = set()
         most_overtaken = 0
-        for place in self._places:
+        for place in self._places if turn is None else sorted(self._places, key=lambda place: turn(place.item)):
             if passed and most_overtaken >= self._age_limit:
                 break
             answer = start(place.item)

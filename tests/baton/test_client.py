@@ -83,6 +83,16 @@ def test_errors_models_status_and_drain(client: SyncClient) -> None:
             call()
 
 
+@pytest.mark.parametrize("letter", ["x", "é", "→"])
+@pytest.mark.parametrize("length", [5000, 50_000])
+def test_an_error_with_much_to_say_stays_what_it_is(client: SyncClient, letter: str, length: int) -> None:
+    """gRPC refuses metadata beyond a limit, at random shortly below it, and the client would see another error."""
+    for _ in range(10):
+        with pytest.raises(NotFound, match=f"there is no node '{letter}{{1000}}") as caught:
+            client.flush_cache(letter * length)
+        assert caught.value.message.endswith("…")
+
+
 def test_nobody_there_is_unavailable() -> None:
     with connect("127.0.0.1:1") as client, pytest.raises(Unavailable):
         client.complete(PROMPT, timeout_s=5)

@@ -13,7 +13,7 @@ from baton.errors import ConfigError
 from cluster.cli import config_from, main, parser
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("serve", "up", "status", "down", "generate", "flush-cache", "chat", "config")
+COMMANDS = ("serve", "up", "status", "down", "generate", "flush-cache", "chat", "fingerprint", "config")
 
 
 @pytest.mark.parametrize("arguments", [[], *[[command] for command in COMMANDS]])

@@ -49,6 +49,7 @@ class Follower:
 
     def __init__(self, error: BatonError | None = None) -> None:
         self.reading = 0
+        self.orders: list[ReadOrder] = []
         self.ready = asyncio.Event()
         self._error = error
         self._server: grpc.aio.Server | None = None
@@ -72,6 +73,7 @@ class Follower:
 
     async def read(self, order: ReadOrder, deadline: Deadline) -> int:
         self.reading += 1
+        self.orders.append(order)
         try:
             await self.ready.wait()
         finally:
@@ -183,6 +185,24 @@ async def test_blocks_of_a_cancelled_pull_are_set_aside_until_every_read_has_end
     await closing
     assert decode.idle
     await relay.prefill.cancel("a")
+    await follower.stop()
+    await decode.stop()
+
+
+async def test_a_long_prompt_is_read_piece_by_piece(prefill: InProcess, model: Path) -> None:
+    """The time limit is for one read, so one read is bounded; blocks are bound when their bytes are about to arrive."""
+    follower = Follower()
+    decode = await InProcess(model, "decode", 12, max_model_len=192, **TCP).start(await follower.start())
+    decode.leader.intake.max_read_blocks = 3
+    relay = await Relay.connect(prefill, decode)
+    await relay.send("a", 120, max_tokens=4)
+    await eventually(lambda: len(follower.orders) == 1, "the first read")
+    assert decode.life.counts().held == 3
+    follower.ready.set()
+    await eventually(lambda: relay.decode.finished("a"), "the last token")
+    assert [len(order.target_blocks) for order in follower.orders] == [3, 3, 2]
+    assert len({block for order in follower.orders for block in order.target_blocks}) == 8
+    await eventually(lambda: decode.idle, "an idle node")
     await follower.stop()
     await decode.stop()
 

@@ -1,6 +1,7 @@
 """What transformers makes of the same prompts, in the same dtype."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,18 @@ from tests.engine.driving import Ask, Tokens
 
 def expected(model_dir: Path, wanted: Sequence[Ask], dtype: torch.dtype = torch.float32) -> list[Tokens]:
     """What transformers generates."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, experts_implementation="eager").eval()
-    return [_generate(model, ask) for ask in wanted]
+    return [list(_generated(model_dir, ask, dtype)) for ask in wanted]
+
+
+@lru_cache
+def _generated(model_dir: Path, ask: Ask, dtype: torch.dtype) -> Sequence[tuple[int, float]]:
+    """Made once for all layouts that are held against it: a checkpoint must not change after it was asked for."""
+    return tuple(_generate(_model(model_dir, dtype), ask))
+
+
+@lru_cache(2)
+def _model(model_dir: Path, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, experts_implementation="eager").eval()
 
 
 def _generate(model: Any, ask: Ask) -> Tokens:

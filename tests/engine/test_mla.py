@@ -22,7 +22,8 @@ Tiny = Callable[[str], Path]
 LATENT = ("deepseek_v2", "deepseek_v2_grouped", "deepseek_v3")
 
 
-@pytest.mark.parametrize("arch", [pytest.param(arch, marks=[pytest.mark.relay] if arch != "deepseek_v3" else []) for arch in LATENT])
+@pytest.mark.relay
+@pytest.mark.parametrize("arch", LATENT)
 def test_four_ranks_equal_transformers(arch: str, tiny: Tiny) -> None:
     many = tuple(asks(6, (1, 9, 30), num_tokens=6))
     (got,) = run_in_threads(Job(tiny(arch), 4, 1, coupled=False, asks=(many,)))

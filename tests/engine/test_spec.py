@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoConfig, DeepseekV2Config, DeepseekV3Config
 
 from baton.engine.config_json import ARCHITECTURES, load_spec, read_config, spec_from_config
@@ -108,6 +110,9 @@ def test_dtype_is_the_checkpoints_or_the_operators(asked: str, dtype: str) -> No
         ({"rms_norm_eps": float("nan")}, "number for rms_norm_eps, found nan"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps=0 must be above 0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
+        ({"num_hidden_layers": 10**400}, "0 must be at most 2147483647"),
+        ({"rms_norm_eps": 10**400}, "finite number for rms_norm_eps, found 10000"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 1e300}}, r"=1024 x factor=1e\+300 must be at most 2147483647"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of num_key_value_heads=3"),
         ({"num_key_value_heads": -1}, "num_key_value_heads=-1 must be at least 1"),
         ({"head_dim": None, "num_attention_heads": 6}, "hidden_size=64 is no multiple of num_attention_heads=6, and head_dim is not given"),
@@ -232,6 +237,29 @@ def test_layers_of_multi_token_prediction_are_counted() -> None:
 def test_what_deepseek_cannot_be_is_refused(version: int, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         spec_from_config(deepseek(version, **changes))
+
+
+# What a JSON file may hold.
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from([10**400, 1.7e308, 2**31 - 1, 1e-300]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "type", "rope_type", "factor"]), inner, max_size=2),
+    max_leaves=4,
+)
+OPTIONAL = ("dtype", "head_dim", "layer_types", "quantization_config", "quantize", "rope_parameters", "rope_scaling")
+
+
+@given(st.sampled_from(sorted(CONFIGS)), st.data(), values)
+def test_any_value_of_a_field_makes_a_model_or_is_refused(name: str, data: st.DataObject, value: object) -> None:
+    """Never another error, which a user would take for a bug. Fields within rope and quantization settings, too."""
+    config = dict(CONFIGS[name])
+    field = data.draw(st.sampled_from(sorted({*config, *OPTIONAL} - {"num_hidden_layers"})))  # 2 ** 31 layers would be listed
+    inner = config.get(field)
+    if isinstance(inner, dict) and data.draw(st.booleans()):
+        value = {**inner, data.draw(st.sampled_from(sorted(inner))): value}
+    try:
+        spec_from_config({**config, field: value})
+    except ConfigError as error:
+        assert error.message
 
 
 def test_every_supported_architecture_is_listed_in_a_refusal() -> None:

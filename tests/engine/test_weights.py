@@ -100,6 +100,7 @@ def make_big(out: Path) -> int:
     return max(2 * tensor.numel() for tensor in tensors.values())
 
 
+@pytest.mark.relay
 def test_loading_takes_a_shard_and_a_little(tmp_path: Path) -> None:
     """Rank 0 of 4 holds its shard and a few rows, never a whole tensor, whatever it converts; loading_process.py explains the measure."""
     largest = make_big(tmp_path)

@@ -367,6 +367,32 @@ async def test_channels_to_nodes_that_came_and_went_are_closed(make: Callable[..
     assert client.num_channels == 0
 
 
+class SlowToClose:
+    """A channel as far as Lines need it, which lets others run while it closes."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    async def close(self, grace: float | None) -> None:
+        """See grpc.aio.Channel."""
+        await asyncio.sleep(0)
+        self.closed = True
+
+
+async def test_a_line_that_is_taken_while_others_are_closed_stays_open() -> None:
+    lines = Lines(lambda _: SlowToClose(), 2)  # type: ignore[arg-type,return-value]
+    for line in [lines.take(address) for address in "ab"]:
+        await lines.give_back(line)
+    used = [lines.take(address) for address in "cd"]
+    leaving = [asyncio.create_task(lines.give_back(line)) for line in used]  # a and b are surplus now
+    await asyncio.sleep(0)
+    again = lines.take("b")
+    await asyncio.gather(*leaving)
+    assert not again.channel.closed  # type: ignore[attr-defined]
+    await lines.close()
+    assert all(line.channel.closed for line in (*used, again))  # type: ignore[attr-defined]
+
+
 async def test_nothing_announced_in_time(source: Source, client: PullClient) -> None:
     source.service.open(1, soon())
     async with pull(client, source, deadline=Deadline.after(0.3)) as stream:

@@ -238,6 +238,58 @@ def test_one_that_does_not_fit_is_passed_but_not_for_ever():
     assert [event.request_id for event in node.run()[0]] == ["large", "small2"]
 
 
+def shorts(node, number):
+    """A prompt of four tokens that no other begins with."""
+    name = f"short{number}"
+    node.scheduler.add(ask(name, [100 + number] * 4), lease=0)
+    return name
+
+
+@pytest.mark.parametrize("num_long", [1, 3])
+def test_a_short_prompt_does_not_wait_for_long_ones(num_long):
+    node = Node(num_blocks=64, max_sequences=9)
+    for i in range(num_long):
+        node.scheduler.add(ask(f"long{i}", [10 + i] * 60), lease=0)
+    node.step()
+    for number in range(4):
+        name = shorts(node, number)
+        assert [event.request_id for event in node.step()[1].events] == [name]
+
+
+def test_a_long_prompt_comes_to_its_end_however_many_short_ones_come():
+    node = Node(num_blocks=64, max_sequences=9, max_waiting=200)
+    node.scheduler.add(ask("long", [1] * 60), lease=0)
+    ended = []
+    for number in range(40):  # a step and a half each time: they are never all done
+        for more in range(3):
+            shorts(node, 3 * number + more)
+        ended += [event.request_id for event in node.step()[1].events]
+        if "long" in ended:
+            break
+    assert number <= 60 // 4
+    assert len(ended) >= number, "the short ones had the other half"
+
+
+def test_long_prompts_do_not_take_turns():
+    """Equally long ones are done one after the other, by age: sharing would make the first one late and help nobody."""
+    node = Node(num_blocks=64, max_sequences=9)
+    for i in range(3):
+        node.scheduler.add(ask(f"{i}", [i] * 16), lease=0)
+    ended = [[event.request_id for event in node.step()[1].events] for _ in range(6)]
+    assert ended == [[], ["0"], [], ["1"], [], ["2"]]
+
+
+def test_what_is_cached_makes_a_prompt_short():
+    node = Node(num_blocks=64, max_sequences=9)
+    node.scheduler.add(ask("before", [5] * 40), lease=0)
+    node.run(8)
+    node.scheduler.add(ask("long", [1] * 60), lease=0)
+    node.step()
+    node.scheduler.add(ask("other", [2] * 20), lease=0)
+    node.scheduler.add(ask("again", [5] * 40 + [6, 6]), lease=0)
+    assert [event.request_id for event in node.step()[1].events] == ["again"]
+
+
 def test_cancel_takes_this_attempt_and_all_before_it():
     node = Node(num_blocks=16)
     for attempt in (1, 2, 3):

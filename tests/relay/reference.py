@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from baton.client import Options
 from baton.engine.batch import Batch, Row, SampleRow
 from baton.engine.sampler import sample
 
@@ -47,7 +48,7 @@ class Oracle:
         logprobs = torch.log_softmax(logits, dim=-1).gather(1, best.unsqueeze(1)).squeeze(1)
         return Expected(best.tolist(), logprobs.tolist())
 
-    def draws(self, prompt_ids: Sequence[int], token_ids: Sequence[int], sampling: Mapping[str, float]) -> list[int]:
+    def draws(self, prompt_ids: Sequence[int], token_ids: Sequence[int], sampling: Options) -> list[int]:
         """The same for a seeded answer: what Baton's rule (design rule 6) draws from transformers' distributions."""
         how = [_sample_row(index, sampling) for index in range(len(token_ids))]
         batch = Batch.build([Row([0], 0, [0], row) for row in how])
@@ -79,12 +80,12 @@ class Oracle:
         return Expected(token_ids, [float(row[token]) for row, token in zip(rows, token_ids, strict=True)])
 
 
-def _sample_row(index: int, sampling: Mapping[str, float]) -> SampleRow:
+def _sample_row(index: int, sampling: Options) -> SampleRow:
     return SampleRow(
-        seed=int(sampling["seed"]),
+        seed=sampling["seed"],
         output_index=index,
         temperature=sampling["temperature"],
-        top_k=int(sampling["top_k"]),
+        top_k=sampling["top_k"],
         top_p=sampling["top_p"],
         min_p=sampling["min_p"],
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from baton.client import Answer
+from baton.client import Answer, Options
 from cluster.offline import Engine
 from tests.relay.existing_ray import existing_ray
 from tests.relay.matrix import EXTRA, MAX_RANKS, MORE_EXTRA, Cell, cells, covering
@@ -29,8 +29,8 @@ BLOCK_SIZE = 16
 CHUNK = 32
 PREFIX_BLOCKS = 5
 MAX_ROUNDS = 5
-GREEDY = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0}
-SEEDED = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 1234, "max_tokens": 24, "ignore_eos": True}
+GREEDY: Options = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0}
+SEEDED: Options = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 1234, "max_tokens": 24, "ignore_eos": True}
 
 WHOLE = tuple(cells())
 CHOSEN = {*covering(WHOLE), *EXTRA}
@@ -169,7 +169,7 @@ def marked(cell: Cell) -> object:
 def test_every_layout_equals_transformers(cell: Cell, model_of: Callable[[str], Model], ray_address: str) -> None:
     model = model_of(cell.arch)
     settings = {"dtype": "float32", "block_size": BLOCK_SIZE, "kv_memory": "32MiB", "max_model_len": 1024, "prefill.max_step_tokens": CHUNK}
-    with Engine(str(model.path), **{**settings, **cell.layout, "ray.address": ray_address}) as engine:
+    with Engine(str(model.path), {**settings, **cell.layout, "ray.address": ray_address}) as engine:
         running = Running(engine, model, cell)
         check_cache_states(running)
         check_lengths(running)

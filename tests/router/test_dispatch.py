@@ -393,6 +393,23 @@ async def test_draining_waits_for_what_runs_and_takes_nothing_new(make_dispatche
         await dispatcher.drain("decode-7", 1)
 
 
+async def test_draining_does_not_wait_for_a_node_that_is_no_longer_understood(make_dispatcher: MakeDispatcher) -> None:
+    """What it last said about its load is of no use: whatever ran there has gone on elsewhere."""
+    prefill, decode = nodes(beat_s=0.02)
+    dispatcher = await make_dispatcher(prefill, decode)
+    (pair,) = dispatcher.fleet.registry.pairs()
+    running = asyncio.create_task(collect(dispatcher, asked(max_tokens=4000)))
+    await until(lambda: not pair.decode.idle, "the request to run")
+    port = int(decode.address.rpartition(":")[2])
+    await decode.stop()
+    decode.protocol_version = 1
+    await decode.start(port)
+    await until(lambda: pair.refusal, "the refusal")
+    assert await dispatcher.drain("decode-0", 0.5)
+    running.cancel()
+    await asyncio.wait([running])
+
+
 async def test_a_removed_group_is_left_and_its_requests_go_on(make_dispatcher: MakeDispatcher) -> None:
     prefill, first, second = nodes(2, step_s=0.005)
     dispatcher = await make_dispatcher(prefill, first, second)

@@ -65,6 +65,15 @@ async def test_a_flush_reaches_all_groups_asked_for_and_adds_up(make_dispatcher:
         await dispatcher.flush_cache("decode-9")
 
 
+async def test_two_nodes_of_one_name_are_both_flushed(make_dispatcher: MakeDispatcher) -> None:
+    prefill, decode = nodes()
+    namesake = EchoNode("decode", "decode-0")
+    dispatcher = await make_dispatcher(prefill, decode, namesake)
+    await until(lambda: all(group.up for group in dispatcher.fleet.registry.groups()), "all nodes")
+    decode.cached_blocks, namesake.cached_blocks = 7, 11
+    assert await dispatcher.flush_cache() == Flushed(groups=3, blocks=18)
+
+
 async def test_a_node_that_dies_ends_the_flush_that_waits_for_it(make_dispatcher: MakeDispatcher) -> None:
     """At once and with the reason: no timer is waited for, and nothing of it stays behind."""
     prefill, decode = nodes()
@@ -80,6 +89,20 @@ async def test_a_node_that_dies_ends_the_flush_that_waits_for_it(make_dispatcher
     assert await dispatcher.flush_cache() == Flushed(groups=1, blocks=0), "a node that is away is not asked among all"
     await until(dispatcher.ready, "the node to be back")
     assert (await dispatcher.flush_cache()).groups == 2
+
+
+async def test_whoever_leaves_takes_only_its_own_flush_along(make_dispatcher: MakeDispatcher) -> None:
+    prefill, decode = nodes()
+    dispatcher = await make_dispatcher(prefill, decode)
+    fleet, group = dispatcher.fleet, dispatcher.fleet.registry.pairs()[0].decode
+    decode.faults.silent = True
+    leaving, staying = (asyncio.create_task(dispatcher.flush_cache("decode-0")) for _ in range(2))
+    await until(lambda: len(decode.flushes) == 2, "both commands")
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    fleet.heard(fleet.link(group), Heard(flushed=tuple((number, 3) for number in decode.flushes)))
+    assert await staying == Flushed(groups=1, blocks=3)
+    assert leaving.cancelled() and not len(fleet.flushes)
 
 
 async def test_a_flush_that_is_not_answered_ends_by_its_deadline_or_with_the_router(make_dispatcher: MakeDispatcher) -> None:

@@ -50,6 +50,19 @@ async def test_a_node_that_comes_back_with_another_protocol_is_refused_then(make
         await asyncio.wait_for(collect(dispatcher, asked(max_tokens=4)), FIRST_PAIR_PATIENCE_S / 2)
 
 
+async def test_a_node_that_fits_nobody_is_passed_by(make_dispatcher: MakeDispatcher) -> None:
+    """Neither its shorter sequences nor its refusal concern requests that the others can serve."""
+    prefill, decode = nodes()
+    other = EchoNode("decode", "decode-1", fingerprint="other", max_model_len=16)
+    dispatcher = await make_dispatcher(prefill, decode, other)
+    refused = dispatcher.fleet.registry.pairs()[1]
+    await until(lambda: refused.refusal, "the refusal")
+    answers = await asyncio.gather(*(collect(dispatcher, asked(max_tokens=40)) for _ in range(8)))
+    assert {text_of(chunks) for chunks in answers} == {echo(40)}
+    assert not other.received and not refused.proven
+    assert dispatcher.model_card().max_model_len == decode.max_model_len
+
+
 async def test_everybody_who_asks_is_told_why_no_pair_will_ever_work(model_dir: Path) -> None:
     """The launch, health, status, and clients of both fronts."""
     server = RouterServer(BatonConfig(model=str(model_dir), served_model_name="echo", router=RouterConfig(http_port=0, grpc_port=0)))

@@ -203,3 +203,11 @@ def test_the_shortest_ready_group_limits_the_cluster() -> None:
     registry.lost(short)
     assert registry.max_model_len() == 2048
     assert registry.summary().startswith("1 of 1 prefill nodes and 0 of 1 decode groups are ready; 0 of 1 pairs")
+
+
+def test_a_group_that_nobody_can_work_with_limits_nobody() -> None:
+    registry = Registry()
+    joined(registry, Role.PREFILL, "prefill-0", max_model_len=2048)
+    joined(registry, Role.DECODE, "decode-0", max_model_len=1024)
+    joined(registry, Role.DECODE, "decode-1", max_model_len=16, dtype="float32")
+    assert registry.max_model_len() == 1024

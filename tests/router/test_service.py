@@ -172,7 +172,13 @@ async def test_what_the_model_asks_and_nobody_does_is_logged(tmp_path: Path, cap
 
 async def test_keys_are_asked_for_by_every_call(model_dir: Path) -> None:
     async with running(model_dir, api_keys=("first", "second")) as router:
-        for call in (router.client.complete(PROMPT), router.client.models(), router.client.status(), router.client.drain("x", 0), router.client.flush_cache()):
+        for call in (
+            router.client.complete(PROMPT),
+            router.client.models(),
+            router.client.status(),
+            router.client.drain("x", 0),
+            router.client.flush_cache(),
+        ):
             with pytest.raises(Unauthenticated):
                 await call
         async with Client(router.addresses["grpc"], api_key="wrong") as wrong:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from baton.errors import ConfigError
 
 Config = Mapping[str, Any]
+MOST = (1 << 31) - 1  # JSON knows no limit; nothing that is counted in a model comes near this one
+_LARGEST = sys.float_info.max  # an int beyond it is finite, too, and is no float
 
 
 class Fields:
@@ -25,19 +28,21 @@ class Fields:
         return self._values.get(name) is not None
 
     def count(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number of at least `least`."""
+        """A whole number of at least `least` and at most 2 ** 31 - 1."""
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:  # of inf and nan the rest is nan
             raise ConfigError(f"config.json needs a whole number for {name}, found {value!r}")
         if value < least:
             raise ConfigError(f"config.json: {name}={value} must be at least {least}")
+        if value > MOST:
+            raise ConfigError(f"config.json: {name}={value} must be at most {MOST}")
         return int(value)
 
     def number(self, name: str, default: float | None = None, least: float = -math.inf) -> float:
         """A finite number of at least `least`."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"config.json needs a number for {name}, found {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST <= value <= _LARGEST:
+            raise ConfigError(f"config.json needs a finite number for {name}, found {value!r}")
         if value < least:
             raise ConfigError(f"config.json: {name}={value:g} must be at least {least:g}")
         return float(value)

@@ -71,9 +71,9 @@ def _modelslim(description: Config) -> Kind:
     for name in _MODELSLIM_EXTRAS:
         if description.get(name):
             raise ConfigError(f"{name} {description[name]!r} (modelslim) is not supported; {_SUPPORTED}")
-    kinds = {kind for name, kind in description.items() if "." in name} or {description.get("model_quant_type")}
-    if not kinds <= set(_MODELSLIM_KINDS):
-        raise ConfigError(f"quantization {description.get('model_quant_type')!r} (modelslim) is not supported; {_SUPPORTED}")
+    kinds = [kind for name, kind in description.items() if "." in name] or [description.get("model_quant_type")]
+    if any(kind not in _MODELSLIM_KINDS for kind in kinds):
+        raise ConfigError(f"quantization {kinds[0]!r} (modelslim) is not supported; {_SUPPORTED}")
     return "w8a8" if "W8A8_DYNAMIC" in kinds else None
 
 

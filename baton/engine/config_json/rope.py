@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from baton.engine.config_json.fields import Config, Fields
+from baton.engine.config_json.fields import MOST, Config, Fields
 from baton.engine.spec import LinearScaling, Llama3Scaling, RopeSpec, YarnScaling
 from baton.errors import ConfigError
 
@@ -39,9 +39,12 @@ def max_positions(config: Config, rope: RopeSpec, default: int) -> int:
     cards tell them to), and what vLLM does. With `linear` and `llama3` the checkpoint's number already is the stretched one.
     """
     plain = Fields(config).count("max_position_embeddings", default)
-    if isinstance(rope.scaling, YarnScaling):
-        return max(plain, int(rope.scaling.original_positions * rope.scaling.factor))
-    return plain
+    if not isinstance(rope.scaling, YarnScaling):
+        return plain
+    original, factor = rope.scaling.original_positions, rope.scaling.factor
+    if original * factor > MOST:
+        raise ConfigError(f"rope type yarn: original_max_position_embeddings={original} x factor={factor:g} must be at most {MOST}")
+    return max(plain, int(original * factor))
 
 
 def latent_softmax_scale(config: Config, query_dim: int, rope: RopeSpec) -> float:

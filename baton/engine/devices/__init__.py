@@ -113,11 +113,6 @@ class Collectives(Protocol):
 class Device(Protocol):
     """One kind of device. Stateless apart from what the driver keeps."""
 
-    @property
-    def name(self) -> str:
-        """The word in the configuration."""
-        ...
-
     def set_num_threads(self, num_threads: int) -> None:
         """How many host threads operations of this process may use."""
         ...

@@ -23,8 +23,6 @@ _DTYPES = {"int8": torch.int8, "float32": torch.float32, "bfloat16": torch.bfloa
 class CpuDevice:
     """Implements baton.engine.devices.Device; see there for shapes."""
 
-    name = "cpu"
-
     def set_num_threads(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
 

@@ -48,6 +48,7 @@ class CpuBlockAttention:
 
     def __init__(self, batch: Batch, like: LayerCache) -> None:
         shape = num_parts, num_kv_heads, block_size, dim = len(like.parts), *like.parts[0].shape[1:]
+        assert all(part.shape == like.parts[0].shape for part in like.parts), "_rows takes parts for heads of one size"
         lens = np.diff(batch.query_starts)
         owner = np.repeat(np.arange(batch.num_sequences), lens)
         blocks = batch.block_tables[owner, batch.positions // block_size] if batch.num_tokens else batch.positions

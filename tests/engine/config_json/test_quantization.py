@@ -141,6 +141,7 @@ def test_everything_else_is_refused_by_name(config: dict[str, Any], said: str, a
         ({**DESCRIBED, "kv_quant_type": "C8"}, "kv_quant_type 'C8'"),
         ({**DESCRIBED, "fa_quant_type": "FAQuant"}, "fa_quant_type 'FAQuant'"),
         ({"model_quant_type": "W4A16"}, "'W4A16'"),
+        ({"model_quant_type": ["W8A8_DYNAMIC"]}, r"\['W8A8_DYNAMIC'\]"),
         ({}, "None"),
     ],
 )
