@@ -11,6 +11,7 @@ from baton.errors import Incompatible
 AXES = ("block", "layer", "part", "head", "slot", "dim")
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_BYTES = 2**63 - 1  # offsets are int64
+MAX_PARTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class KVLayout:
     model_num_kv_heads: int
 
     def __post_init__(self) -> None:
+        if not 1 <= len(self.part_dims) <= MAX_PARTS:  # too many even to describe
+            raise Incompatible(f"a KV layout has 1 to {MAX_PARTS} parts, this one {len(self.part_dims)}", cause="kv_layout")
         problem = self._problem()
         if problem:
             raise Incompatible(f"{problem} in KV layout {self.describe()}", cause="kv_layout")
@@ -48,8 +51,6 @@ class KVLayout:
             return "axes must be block, layer, part, head in any order, then slot, dim"
         if self.dtype not in ITEMSIZES:
             return f"dtype must be one of {', '.join(ITEMSIZES)}"
-        if not self.part_dims:
-            return "there is no part"
         if min(self.num_blocks, self.block_size, self.num_layers, self.num_heads, *self.part_dims) < 1:
             return "a size is zero or negative"
         if self.layer_start < 0 or self.layer_start + self.num_layers > self.model_num_layers:
