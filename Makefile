@@ -57,7 +57,7 @@ types: $(READY)
 	$(BIN)/mypy $(PACKAGES)
 
 check: format-check lint types $(PROTO_READY)
-	$(BIN)/python -m pytest -m "not relay and not slow and not demo"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not relay and not slow and not demo"
 
 # pytest calls an empty selection an error, rightly; so the marked tests run from the day there is one.
 test: check
