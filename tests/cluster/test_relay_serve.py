@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from baton.client import connect
 from tests.cluster.footprint import Footprint
@@ -155,9 +157,20 @@ def test_a_dead_rank_is_reported_and_ends_what_cannot_serve(serving: Serving) ->
     serving.footprint.assert_gone()
 
 
-def test_a_model_that_does_not_fit_is_refused_by_the_rank_that_sees_it(tiny_model: Path, tmp: Path) -> None:
+def test_what_config_json_tells_is_refused_before_anything_starts(tiny_model: Path, tmp: Path) -> None:
     serving = Serving(tiny_model, tmp, "--max-model-len", "100000")
     assert serving.end() == 2
-    assert "prefill-0/0" in serving.err[-1] or "decode-0/0" in serving.err[-1]
     assert "100000" in serving.err[-1]
+    assert not serving.out and not serving.footprint.files()
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_the_rank_that_loads_it(tiny_model: Path, tmp: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    serving = Serving(broken, tmp)
+    assert serving.end() == 2
+    assert "prefill-0/0" in serving.err[-1] or "decode-0/0" in serving.err[-1]
+    assert "model.norm.weight" in serving.err[-1]
     assert not serving.footprint.files()
