@@ -19,6 +19,7 @@ from baton.engine.kv_cache import KVCache, KVShape
 from baton.engine.parallel import Groups
 from baton.engine.placement import Placement
 from baton.engine.rank import Rank
+from baton.errors import ConfigError
 from bench.agreement import Floats, Ids
 
 BLOCK_SIZE = 16
@@ -78,6 +79,8 @@ class Solo:
     def _logits(self, step: Batch) -> torch.Tensor:
         logits = self.rank.logits(step)
         assert logits is not None, "a rank alone leads"
+        if not bool(logits.isfinite().all()):
+            raise ConfigError("the model's logits are not finite: there is nothing to compare")
         return logits
 
 

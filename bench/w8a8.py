@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -108,9 +108,20 @@ def _task(options: argparse.Namespace) -> Task:
     room = load_spec(options.model, "bfloat16", "none").max_position_embeddings
     if options.prompt_len + num_positions > room:
         raise ConfigError(f"--prompt-len {options.prompt_len} and {num_positions} positions are more than the model's {room}")
+    if options.w8a8 is not None:
+        _check_alike(options.model, options.w8a8)
     tokens = read_tokens(options.text, options.model)
     cut = prompts(tokens, num_prompts, options.prompt_len, options.prompt_len + num_positions)
     return Task(cut, num_positions, windows(tokens, options.windows, min(_WINDOW_LEN, room)))
+
+
+def _check_alike(model: Path, quantized: Path) -> None:
+    """Raise ConfigError unless `quantized` is an int8 checkpoint of a model like the one in `model`."""
+    plain, other = load_spec(model, "bfloat16", "none"), load_spec(quantized, "bfloat16", "auto")
+    if other.quantization != "w8a8":
+        raise ConfigError(f"--w8a8 {quantized} is no int8 checkpoint; leave it out to quantize {model} while loading")
+    if replace(other, quantization=None) != plain:
+        raise ConfigError(f"--w8a8 {quantized} ({other.model_type}, vocabulary {other.vocab}) is another model than {model}")
 
 
 def _subjects(options: argparse.Namespace, task: Task) -> tuple[Subject, ...]:

@@ -109,6 +109,10 @@ class Front:
         """Use the group whose leader listens on `address`."""
         self._started().dispatcher.add_group(role, address)
 
+    async def remove_group(self, address: str) -> None:
+        """Use the group whose leader listens on `address` no more; its requests go on elsewhere."""
+        await self._started().dispatcher.remove_group(address)
+
     async def wait_ready(self, timeout_s: float) -> None:
         """Return once a pair is proven; DeadlineExceeded says why none was."""
         await self._started().wait_ready(timeout_s)

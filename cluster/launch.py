@@ -18,7 +18,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from baton.config import BatonConfig, RankPlan
-from baton.errors import DeadlineExceeded
+from baton.deadline import Deadline
+from baton.errors import DeadlineExceeded, NodeLost
 from cluster.actors import Front, Rank
 from cluster.calls import end_actor, first_failure, reason, result
 from cluster.messages import ClusterInfo, Lost, Progress, RankInfo, Stage
@@ -27,6 +28,7 @@ from cluster.plan import FRONT, asks, rank_plans
 from ranks.facts import RankAddress, RankCounts
 
 _PROGRESS_S = 0.25
+_LAST_WORD_S = 1.0  # before ray.ready_s has passed, the router says why nothing is ready
 
 Say = Callable[[Stage | Progress], None]
 
@@ -76,13 +78,13 @@ class Cluster:
 
         try:
             async with asyncio.timeout(self.config.ray.ready_s):
-                await self._up(enter, say)
+                await self._up(enter, say, Deadline.after(self.config.ray.ready_s - _LAST_WORD_S))
         except TimeoutError as error:
             raise DeadlineExceeded(
                 f"the cluster was not ready after {self.config.ray.ready_s:g} s (ray.ready_s); it was still {stage}", stage=stage
             ) from error
 
-    async def _up(self, enter: Callable[[str], None], say: Say) -> None:
+    async def _up(self, enter: Callable[[str], None], say: Say, deadline: Deadline) -> None:
         enter("placing")
         nodes = await self._place()
         enter("starting")
@@ -92,7 +94,7 @@ class Cluster:
         enter("connecting")
         await self._connect()
         enter("proving")
-        await result(FRONT, "serve", self._actors[FRONT].wait_ready.remote(self.config.ray.ready_s))
+        await result(FRONT, "serve", self._actors[FRONT].wait_ready.remote(deadline.left_s()))
 
     async def _place(self) -> list[Placed]:
         wanted = asks(self.config)
@@ -167,7 +169,7 @@ class Cluster:
         return await first_failure([result(rank.name, "count", rank.actor.counts.remote()) for rank in self._ranks])
 
     async def watch(self, lost: Callable[[Lost], None]) -> None:
-        """Call `lost` for each process that ends without `stop`; runs until cancelled or all have ended."""
+        """Call `lost` for each process that ends without `stop`, and have the router use its node no more; until cancelled or all ended."""
         await asyncio.gather(*(self._watch_one(name, actor, lost) for name, actor in self._actors.items()))
 
     async def _watch_one(self, name: str, actor: ActorHandle[Any], lost: Callable[[Lost], None]) -> None:
@@ -175,6 +177,15 @@ class Cluster:
             await actor.serving.remote()
         except (RayActorError, RayTaskError) as error:
             lost(Lost(name=name, pid=self.pid_of(name) or 0, reason=reason(error)))
+            await self._use_no_more(name.partition("/")[0])
+
+    async def _use_no_more(self, node: str) -> None:
+        """A leader that still answers would look well: its node cannot step without the rank that died."""
+        remove: Any = self._actors[FRONT].remove_group if FRONT in self._actors else None
+        for rank in self._ranks if remove and node != FRONT else ():
+            if rank.plan.node == node and rank.plan.tp_rank == 0:
+                with contextlib.suppress(NodeLost):  # the router has gone as well, which is told by its own watch
+                    await result(FRONT, "remove a group", remove.remote(rank.address.control))
 
     async def stop(self) -> None:
         """Stop the router, then all ranks, then remove what Ray holds. Takes at most about 2 x STOP_S; safe to call twice."""

@@ -144,6 +144,30 @@ def refuse_unfit(config: BatonConfig, spec: ModelSpec) -> None:
         )
 
 
+def description(config: BatonConfig, spec: ModelSpec) -> str:
+    """What a cluster runs, for people: model, arithmetic, layout, and the longest sequence with what limits it."""
+    prefill, decode = config.prefill, config.decode
+    longest = min(
+        capacity(
+            kv_memory=config.kv_memory,
+            block_bytes=block_bytes(spec, placement, config.block_size),
+            block_size=config.block_size,
+            max_model_len=config.max_model_len,
+            max_positions=spec.max_position_embeddings,
+        )[1]
+        for placement in (place(spec, "prefill", 0, prefill.tp), place(spec, "decode", 0, decode.tp, decode.dp))
+    )
+    said = (
+        f"{spec.model_type}, {spec.dtype}{', ' + spec.quantization if spec.quantization else ''}; "
+        f"prefill {prefill.nodes} x tp {prefill.tp}, decode {decode.nodes} x dp {decode.dp} x tp {decode.tp}; "
+        f"up to {longest} tokens per sequence"
+    )
+    if longest == spec.max_position_embeddings:
+        return said
+    why = "max_model_len" if config.max_model_len else f"kv_memory {gib(config.kv_memory)} per rank"
+    return f"{said} ({why}; the model allows {spec.max_position_embeddings})"
+
+
 def weight_bytes_per_rank(config: BatonConfig, checkpoint: Checkpoint, spec: ModelSpec, role: Role) -> int:
     """Estimate of one rank's weights: experts are cut over all ranks of a node, everything else over its tp ranks only.
 

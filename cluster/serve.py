@@ -8,16 +8,19 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
 from baton.config import BatonConfig
+from baton.engine.config_json import load_spec
 from baton.errors import Unavailable
 from baton.tokenizer import unapplied_sampling
 from cluster.display import LaunchDisplay
 from cluster.kept import KeptCluster
 from cluster.messages import ClusterInfo, Lost
+from cluster.plan import description
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -33,6 +36,7 @@ def serve(config: BatonConfig, *, show_logs: bool = False) -> int:
         try:
             with LaunchDisplay(console) as display:
                 info = cluster.start(display)
+            describe(config, console)
             print(ready_line(info), flush=True)
             _watch(cluster, info, console)
         except KeyboardInterrupt:
@@ -46,6 +50,13 @@ def warn_unapplied(config: BatonConfig, console: Console) -> None:
         console.print(
             f"warning: generation_config.json asks for {asked}, which is not applied", highlight=False, markup=False, soft_wrap=True
         )
+
+
+def describe(config: BatonConfig, console: Console) -> None:
+    """Say what is served, if the model lies on this host too."""
+    if (Path(config.model) / "config.json").is_file():
+        spec = load_spec(config.model, config.dtype, config.quantization)
+        console.print(description(config, spec), highlight=False, markup=False, soft_wrap=True)
 
 
 def ready_line(info: ClusterInfo) -> str:

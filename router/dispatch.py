@@ -123,10 +123,10 @@ class Dispatcher:
         return any(self.fleet.registry.usable())
 
     async def wait_ready(self, timeout_s: float) -> bool:
-        """Wait for `ready`; False if that took longer than timeout_s. Raises Unavailable if no nodes that are there can work together."""
+        """Wait for `ready`; False if that took longer than timeout_s. Raises Unavailable if waiting cannot help."""
         deadline = Deadline.after(timeout_s)
         while not self.ready():
-            self.fleet.registry.check_possible()
+            self.fleet.registry.check_provable()
             if not await self.fleet.changed(deadline.left_s()):
                 return self.ready()
         return True

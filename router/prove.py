@@ -59,6 +59,8 @@ class Prover:
             while pair.reachable and not pair.proven:
                 if error := await self._try(pair):
                     pair.last_error = error.message
+                    pair.lasting_failures = 0 if error.retryable else pair.lasting_failures + 1
+                    self._fleet.notify()
                     log.warning("a pair failed its proof", extra=fields(pair=pair.name, cause=error.cause, why=error.message))
                     await asyncio.sleep(retry_s)
                     retry_s = min(2 * retry_s, _LAST_RETRY_S)
@@ -80,6 +82,6 @@ class Prover:
             log.exception("a proof failed for a reason of ours")
             return InternalError(f"the router failed: {error!r}", stage="router")
         if pair.lives == lives:
-            pair.proven, pair.last_error = True, ""
+            pair.proven, pair.last_error, pair.lasting_failures = True, "", 0
             log.info("proved a pair", extra=fields(pair=pair.name))
         return None

@@ -16,6 +16,7 @@ from router.compare import refusal
 from router.heard import GroupLoad, Hello, PullReport
 
 _MAX_REASONS = 4
+_LASTING = 3  # failed proofs in a row before a launch gives up; a fault must not count by its first occurrence
 
 
 class Role(enum.StrEnum):
@@ -126,6 +127,7 @@ class Pair:
     """A prefill node and a decode group. mismatch: what they differ in that they must share, "" if in nothing.
 
     proven ends with the incarnation of either side, or when a pull between them fails. last_error: of the last failed proof.
+    lasting_failures: proofs in a row that failed for reasons which a retry should meet again.
     """
 
     prefill: Group
@@ -133,6 +135,7 @@ class Pair:
     mismatch: str = ""
     proven: bool = False
     last_error: str = ""
+    lasting_failures: int = 0
 
     @property
     def refusal(self) -> str:
@@ -208,6 +211,13 @@ class Registry:
             reasons = _listed(refusals)
             raise Unavailable(f"no two nodes can work together: {reasons}", stage="router", cause="incompatible", retryable=False)
 
+    def check_provable(self) -> None:
+        """Raise Unavailable, with the reasons, if every pair is refused or keeps failing its proof in a way that does not pass."""
+        self.check_possible()
+        if self._pairs and all(pair.refusal or pair.lasting_failures >= _LASTING for pair in self._pairs.values()):
+            reasons = _listed(pair.trouble for pair in self._pairs.values())
+            raise Unavailable(f"no pair of nodes passed its proof: {reasons}", stage="router", cause="proof", retryable=False)
+
     def max_model_len(self) -> int | None:
         """The longest prompt plus answer that every ready group takes, tokens; None if none is ready.
 
@@ -279,7 +289,7 @@ class Registry:
     @staticmethod
     def _compare(pair: Pair) -> None:
         pair.proven = False
-        pair.last_error = ""
+        pair.last_error, pair.lasting_failures = "", 0
         prefill, decode = pair.prefill.hello, pair.decode.hello
         pair.mismatch = refusal(prefill, decode) if prefill and decode else ""
 

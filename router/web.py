@@ -116,6 +116,9 @@ class HttpFront:
 
     async def flush_cache(self, request: Request) -> Response:
         """POST /flush_cache, with ?node= for one node alone."""
+        unknown = sorted(set(request.query_params) - {"node"})
+        if unknown:
+            raise InvalidRequest(f"unknown query parameter {', '.join(unknown)}; known is node")
         flushed = await self._router.flush_cache(request.query_params.get("node", ""))
         return json_response({"groups": flushed.groups, "blocks": flushed.blocks})
 

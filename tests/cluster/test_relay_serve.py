@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import shutil
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +157,37 @@ def test_a_dead_rank_is_reported_and_ends_what_cannot_serve(serving: Serving) ->
     assert any(line.startswith(f"lost: decode-0/0 (pid {decode.ranks[0].pid})") for line in serving.err)
     assert "no decode node is left" in serving.err[-1]
     serving.footprint.assert_gone()
+
+
+def test_a_node_without_all_its_ranks_gets_no_more_work(tiny_model: Path, tmp: Path) -> None:
+    """A follower that dies while nothing runs: its leader still answers, and yet the router no longer counts on the node."""
+    serving = Serving(tiny_model, tmp, "--prefill-nodes", "2", "--prefill-tp", "2")
+    try:
+        _, grpc = addresses(serving.until("ready: "))
+        with connect(grpc) as client:
+            (ranks,) = [group.ranks for group in client.status().groups if group.node == "prefill-0"]
+            (follower,) = [rank.pid for rank in ranks if rank.rank == 1]
+            psutil.Process(follower).kill()
+            serving.until("lost: prefill-0/1")
+            while {group.node for group in client.status().groups} != {"prefill-1", "decode-0"}:
+                time.sleep(0.1)
+            *_, last = client.generate("after it", max_tokens=4, temperature=0.0)
+            assert last.usage is not None
+    finally:
+        assert serving.end(signal.SIGINT) == 0
+    serving.footprint.assert_gone()
+
+
+def test_weights_that_are_no_numbers_end_the_start_with_the_reason(tiny_model: Path, tmp: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"].fill_(math.nan)
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    serving = Serving(broken, tmp)
+    assert serving.end() == 1
+    (said,) = [line for line in serving.err if line.startswith("baton: ")]
+    assert "no pair of nodes passed its proof" in said and "logits are not finite" in said
+    assert not serving.footprint.files()
 
 
 def test_what_config_json_tells_is_refused_before_anything_starts(tiny_model: Path, tmp: Path) -> None:

@@ -280,6 +280,18 @@ async def test_a_silent_node_is_lost_after_its_patience(make_dispatcher: MakeDis
     assert text_of(await collect(dispatcher, asked(max_tokens=30))) == echo(30)
 
 
+async def test_a_proof_that_fails_for_good_ends_the_wait_and_one_that_may_pass_does_not(make_dispatcher: MakeDispatcher) -> None:
+    decode = EchoNode("decode", "decode-0")
+    decode.faults.refuse = InternalError("the logits are not finite")
+    dispatcher = await make_dispatcher(EchoNode("prefill", "prefill-0"), decode, wait=False)
+    with pytest.raises(Unavailable, match=r"passed its proof.*not finite") as caught:
+        await dispatcher.wait_ready(20)
+    assert (caught.value.cause, caught.value.retryable) == ("proof", False)
+    decode.faults.refuse = None
+    await until(dispatcher.ready, "a later proof")
+    assert await dispatcher.wait_ready(20)
+
+
 async def test_an_incompatible_pair_is_refused_with_both_descriptions(make_dispatcher: MakeDispatcher) -> None:
     prefill, decode = EchoNode("prefill", "prefill-0"), EchoNode("decode", "decode-0", fingerprint="other")
     dispatcher = await make_dispatcher(prefill, decode, wait=False)
