@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 
 from baton.client import Options, SyncClient
-from baton.errors import BatonError
+from baton.errors import BatonError, Unavailable
 from baton.request import Chunk, Usage
 
 
 def generate(address: str, api_key: str | None, prompt: str, sampling: Options) -> int:
     """Stream one answer to standard output; usage goes to standard error when somebody watches."""
-    with SyncClient(address, api_key=api_key) as client:
+    with _connected(address, api_key) as client:
         usage = _print_stream(client.generate(prompt, **sampling))
     print()
     if usage is not None and sys.stderr.isatty():
@@ -27,7 +27,7 @@ def generate(address: str, api_key: str | None, prompt: str, sampling: Options) 
 def chat(address: str, api_key: str | None, system: str | None, sampling: Options) -> int:
     """Read lines, stream answers, keep the history; ends with Ctrl-D, Ctrl-C or /exit. /clear forgets."""
     opening = [{"role": "system", "content": system}] if system else []
-    with SyncClient(address, api_key=api_key) as client:
+    with _connected(address, api_key) as client:
         _greet(client, address)
         messages = list(opening)
         for line in _lines():
@@ -41,6 +41,20 @@ def chat(address: str, api_key: str | None, system: str | None, sampling: Option
             else:
                 messages.append({"role": "assistant", "content": answer})
     return 0
+
+
+@contextlib.contextmanager
+def _connected(address: str, api_key: str | None) -> Iterator[SyncClient]:
+    """A client of the cluster at address. What gRPC says where none answers becomes what to do about it."""
+    with SyncClient(address, api_key=api_key) as client:
+        try:
+            yield client
+        except Unavailable as error:
+            if error.stage:  # a router's own word
+                raise
+            raise Unavailable(
+                f"no cluster answers at {address}: is one running there? --address is HOST:PORT of its gRPC interface ({error.message})"
+            ) from error
 
 
 def _greet(client: SyncClient, address: str) -> None:
@@ -90,7 +104,7 @@ def _usage_line(usage: Usage) -> str:
 
 def flush_cache(address: str, api_key: str | None, node: str) -> int:
     """Have a node ("": all) forget cached prefixes that no sequence uses, and print how many blocks that freed."""
-    with SyncClient(address, api_key=api_key) as client:
+    with _connected(address, api_key) as client:
         blocks = client.flush_cache(node)
     print(f"{blocks} cached blocks are free now")
     return 0
@@ -98,7 +112,7 @@ def flush_cache(address: str, api_key: str | None, node: str) -> int:
 
 def print_status(address: str, api_key: str | None) -> int:
     """Print what the router of a running cluster says about its groups and pairs."""
-    with SyncClient(address, api_key=api_key) as client:
+    with _connected(address, api_key) as client:
         status = client.status()
     print(f"{status.model}: {'ready' if status.ready else 'not ready'}, {status.requests_running} running, {status.requests_total} so far")
     for group in status.groups:

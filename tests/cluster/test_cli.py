@@ -89,7 +89,7 @@ def test_config_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
 def test_nobody_at_the_address_ends_with_code_1(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = ["hello"] if command == "generate" else []
     assert main([command, "--address", "127.0.0.1:1", *prompt]) == 1
-    assert capsys.readouterr().err.startswith("baton: ")
+    assert capsys.readouterr().err.startswith("baton: no cluster answers at 127.0.0.1:1")
 
 
 def test_fingerprint_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
