@@ -15,7 +15,8 @@ import torch
 
 from baton.engine.batch import Batch, Row, SampleRow
 from baton.engine.config_json import load_spec
-from baton.engine.kv_cache import KVCache, KVShape
+from baton.engine.kv_cache import KVCache
+from baton.engine.kv_shape import KVShape
 from baton.engine.parallel import Groups
 from baton.engine.placement import Placement
 from baton.engine.rank import Rank

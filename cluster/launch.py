@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +20,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from baton.config import BatonConfig, RankPlan
 from baton.deadline import Deadline
-from baton.errors import DeadlineExceeded, NodeLost
+from baton.errors import BatonError, DeadlineExceeded
 from cluster.actors import Front, Rank
-from cluster.calls import end_actor, first_failure, reason, result
+from cluster.calls import STOP_S, end_actor, first_failure, reason, result
 from cluster.messages import ClusterInfo, Lost, Progress, RankInfo, Stage
 from cluster.placement import Placed, placed, release_all, reserve
 from cluster.plan import FRONT, asks, rank_plans
 from ranks.facts import RankAddress, RankCounts
+
+log = logging.getLogger(__name__)
 
 _PROGRESS_S = 0.25
 _LAST_WORD_S = 1.0  # before ray.ready_s has passed, the router says why nothing is ready
@@ -177,15 +180,22 @@ class Cluster:
             await actor.serving.remote()
         except (RayActorError, RayTaskError) as error:
             lost(Lost(name=name, pid=self.pid_of(name) or 0, reason=reason(error)))
-            await self._use_no_more(name.partition("/")[0])
+            await self._use_no_more({rank.plan.node for rank in self._ranks if rank.name == name})
 
-    async def _use_no_more(self, node: str) -> None:
-        """A leader that still answers would look well: its node cannot step without the rank that died."""
-        remove: Any = self._actors[FRONT].remove_group if FRONT in self._actors else None
-        for rank in self._ranks if remove and node != FRONT else ():
-            if rank.plan.node == node and rank.plan.tp_rank == 0:
-                with contextlib.suppress(NodeLost):  # the router has gone as well, which is told by its own watch
-                    await result(FRONT, "remove a group", remove.remote(rank.address.control))
+    async def _use_no_more(self, nodes: Set[str]) -> None:
+        """Have the router forget nodes that lost a rank: a leader that still answers looks well, and cannot step without it.
+
+        Should the router not do it in time, it finds out by itself, when the node's next step fails.
+        """
+        front: Any = self._actors.get(FRONT)
+        leaders = [rank.address.control for rank in self._ranks if rank.plan.node in nodes and rank.plan.tp_rank == 0]
+        if front is None or not leaders:
+            return
+        try:
+            async with asyncio.timeout(STOP_S):
+                await first_failure([result(FRONT, "remove a group", front.remove_group.remote(address)) for address in leaders])
+        except (BatonError, TimeoutError) as error:
+            log.warning("the router did not take %s out of use: %r", ", ".join(sorted(nodes)), error)
 
     async def stop(self) -> None:
         """Stop the router, then all ranks, then remove what Ray holds. Takes at most about 2 x STOP_S; safe to call twice."""

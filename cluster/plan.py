@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from baton.config import BatonConfig, RankPlan
-from baton.engine.fits import block_bytes, check_node, place
+from baton.engine.fits import Role, check_node, place
+from baton.engine.kv_shape import KVShape
 from baton.engine.spec import ModelSpec
 from baton.errors import ConfigError
 from ranks.capacity import capacity
@@ -23,8 +23,6 @@ FRONT = "router"  # the name of the router's actor
 # activations; 410 MiB for router, keeper and the seven processes of Ray.
 RANK_PROCESS_BYTES = 320 * 2**20
 SERVICE_PROCESSES_BYTES = 500 * 2**20
-
-Role = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,29 +132,29 @@ def refuse_unfit(config: BatonConfig, spec: ModelSpec) -> None:
     """
     check_node(spec, "prefill", config.prefill.tp, moe=config.prefill.moe)
     check_node(spec, "decode", config.decode.tp, config.decode.dp)
-    for placement in (place(spec, "prefill", 0, config.prefill.tp), place(spec, "decode", 0, config.decode.tp, config.decode.dp)):
+    longest_sequence(config, spec)
+
+
+def longest_sequence(config: BatonConfig, spec: ModelSpec) -> int:
+    """Prompt and answer together that every rank can hold, tokens. Raises ConfigError, with the numbers, if that is less than asked."""
+    placements = place(spec, "prefill", 0, config.prefill.tp), place(spec, "decode", 0, config.decode.tp, config.decode.dp)
+    found = [
         capacity(
             kv_memory=config.kv_memory,
-            block_bytes=block_bytes(spec, placement, config.block_size),
+            block_bytes=KVShape.of(spec, placement, config.block_size).block_bytes,
             block_size=config.block_size,
             max_model_len=config.max_model_len,
             max_positions=spec.max_position_embeddings,
         )
+        for placement in placements
+    ]
+    return min(longest for _, longest in found)
 
 
 def description(config: BatonConfig, spec: ModelSpec) -> str:
     """What a cluster runs, for people: model, arithmetic, layout, and the longest sequence with what limits it."""
     prefill, decode = config.prefill, config.decode
-    longest = min(
-        capacity(
-            kv_memory=config.kv_memory,
-            block_bytes=block_bytes(spec, placement, config.block_size),
-            block_size=config.block_size,
-            max_model_len=config.max_model_len,
-            max_positions=spec.max_position_embeddings,
-        )[1]
-        for placement in (place(spec, "prefill", 0, prefill.tp), place(spec, "decode", 0, decode.tp, decode.dp))
-    )
+    longest = longest_sequence(config, spec)
     said = (
         f"{spec.model_type}, {spec.dtype}{', ' + spec.quantization if spec.quantization else ''}; "
         f"prefill {prefill.nodes} x tp {prefill.tp}, decode {decode.nodes} x dp {decode.dp} x tp {decode.tp}; "

@@ -18,7 +18,8 @@ from baton.config import RankPlan
 from baton.engine.batch import Batch
 from baton.engine.config_json import load_spec
 from baton.engine.fingerprint import fingerprint
-from baton.engine.kv_cache import KVCache, KVShape
+from baton.engine.kv_cache import KVCache
+from baton.engine.kv_shape import KVShape
 from baton.engine.parallel import Groups, Rendezvous
 from baton.engine.rank import Rank, set_threads
 from baton.engine.runner import Runner, StepOutcome

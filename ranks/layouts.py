@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from baton.config import RankPlan
 from baton.engine.fits import place
-from baton.engine.kv_cache import AXES, KVShape
+from baton.engine.kv_shape import AXES, KVShape
 from baton.engine.placement import Placement
 from baton.engine.spec import ModelSpec
 from kv_transfer.layout import KVLayout

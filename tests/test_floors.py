@@ -78,6 +78,7 @@ PURE = [
     "baton/engine/blocks.py",
     "baton/engine/fits.py",
     "baton/engine/placement.py",
+    "baton/engine/kv_shape.py",
 ]
 IMPURE = ("torch", "time", "asyncio", "threading", "multiprocessing", "socket", "subprocess", "os")
 

@@ -42,9 +42,3 @@ def check_divides(spec: ModelSpec, placement: Placement) -> None:
         placement.experts(spec.moe.num_experts)
         placement.expert_columns(spec.moe.intermediate)
         placement.columns(spec.moe.shared_intermediate, "n_shared_experts * moe_intermediate_size")
-
-
-def block_bytes(spec: ModelSpec, placement: Placement, block_size: int) -> int:
-    """Bytes of one KV block of `block_size` tokens on a rank, all layers."""
-    heads = len(placement.kv_heads(spec.kv_heads))
-    return spec.num_layers * heads * block_size * sum(spec.part_dims) * spec.dtype_bytes

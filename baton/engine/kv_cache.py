@@ -1,51 +1,20 @@
 """The KV cache of one rank: a flat buffer seen as blocks. Knows neither who owns a block nor how bytes travel.
 
-Storage order is block-major: axes ("block", "layer", "part", "head", "slot", "dim"), so that all a rank holds of one block is one
-span. The buffer and the table of generations belong to the node, which made them and outlives the engine; the step thread of
-this rank is their only writer apart from the transfer thread, which writes blocks that no step uses.
+How blocks lie in it: kv_shape.py. The buffer and the table of generations belong to the node, which made them and outlives the
+engine; the step thread of this rank is their only writer apart from the transfer thread, which writes blocks that no step uses.
 """
 
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
 
 import torch
 
 from baton.engine.batch import Batch, UInt64
 from baton.engine.devices import LayerCache
-from baton.engine.placement import Placement
-from baton.engine.spec import ModelSpec
+from baton.engine.kv_shape import KVShape
 
-AXES = ("block", "layer", "part", "head", "slot", "dim")
 Buffer = memoryview | bytearray | mmap.mmap
-
-
-@dataclass(frozen=True, slots=True)
-class KVShape:
-    """What one rank keeps of every block: heads head_start … head_start + num_heads - 1 of all layers.
-
-    part_dims: widths of what is kept per token and head: K and V, or one latent. Within a layer, parts lie one after the other.
-    """
-
-    num_layers: int
-    head_start: int
-    num_heads: int
-    block_size: int
-    part_dims: tuple[int, ...]
-    dtype: str
-    dtype_bytes: int
-
-    @classmethod
-    def of(cls, spec: ModelSpec, placement: Placement, block_size: int) -> KVShape:
-        """The shape on one rank; ranks beyond the number of KV heads hold replicas."""
-        heads = placement.kv_heads(spec.kv_heads)
-        return cls(spec.num_layers, heads.start, len(heads), block_size, spec.part_dims, spec.dtype, spec.dtype_bytes)
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block on this rank."""
-        return self.num_layers * self.num_heads * self.block_size * sum(self.part_dims) * self.dtype_bytes
 
 
 class KVCache:

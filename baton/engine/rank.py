@@ -10,7 +10,8 @@ import torch
 from baton.engine import weights
 from baton.engine.batch import Batch, Sampled
 from baton.engine.devices import open_device
-from baton.engine.kv_cache import KVCache, KVShape
+from baton.engine.kv_cache import KVCache
+from baton.engine.kv_shape import KVShape
 from baton.engine.models import build_model
 from baton.engine.parallel import Groups
 from baton.engine.placement import Placement

@@ -18,6 +18,7 @@ from cluster.plan import (
     Host,
     asks,
     can_ever_fit,
+    description,
     explain_shortage,
     memory_needed,
     rank_plans,
@@ -173,3 +174,14 @@ def test_a_shortage_is_explained_with_numbers(offered: list[Host], config: Baton
 def test_each_shortage_says_what_to_do(offered: list[Host], said: str) -> None:
     config = BatonConfig.model_validate({"model": "m", "prefill": {"tp": 2}, "ray": {"prefill_label": {"role": "p"}}})
     assert said in explain_shortage(asks(config)[0], offered)
+
+
+def test_a_cluster_is_described_with_what_limits_it() -> None:
+    asked = {"model": "m", "kv_memory": "1GiB", "prefill": {"tp": 2}, "decode": {"dp": 2}}
+    config = BatonConfig.model_validate(asked)
+    said = description(config, replace(BFLOAT16, quantization="w8a8"))
+    assert said.startswith("qwen3_moe, bfloat16, w8a8; prefill 1 x tp 2, decode 1 x dp 2 x tp 1; up to ")
+    held = 2**30 // (16 * BFLOAT16.num_layers * BFLOAT16.kv_heads * 2 * BFLOAT16.head_dim * 2) * 16
+    assert f"up to {held} tokens per sequence (kv_memory 1.00 GiB per rank; the model allows {BFLOAT16.max_position_embeddings})" in said
+    assert "up to 100 tokens per sequence (max_model_len;" in description(config.model_copy(update={"max_model_len": 100}), BFLOAT16)
+    assert "(" not in description(config.model_copy(update={"kv_memory": 2**40}), BFLOAT16)

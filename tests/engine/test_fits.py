@@ -3,12 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from baton.engine.config_json import spec_from_config
-from baton.engine.fits import Role, SplitMoe, block_bytes, check_node, place
-from baton.engine.kv_cache import KVShape
+from baton.engine.fits import Role, SplitMoe, check_node, place
 from baton.engine.placement import Placement
 from baton.engine.spec import GateSpec, ModelSpec, MoeSpec
 from baton.errors import ConfigError
@@ -65,9 +62,3 @@ def test_ranks_are_placed_as_their_role_needs_it() -> None:
     assert place(sparse, "decode", 1, 2, 1, "tensor") == Placement(1, 2, 0, 1, coupled=True), "a setting of prefill"
     assert place(sparse, "prefill", 1, 2) == Placement(1, 2)
     assert place(sparse, "prefill", 1, 2, moe="tensor") == Placement(1, 2, split_experts=True)
-
-
-@given(st.sampled_from(sorted(SPECS)), st.sampled_from([1, 2, 4]), st.integers(1, 256), st.data())
-def test_block_bytes_are_those_of_the_cache(name: str, tp: int, block_size: int, data: st.DataObject) -> None:
-    placement = Placement.of(data.draw(st.integers(0, tp - 1)), tp)
-    assert block_bytes(SPECS[name], placement, block_size) == KVShape.of(SPECS[name], placement, block_size).block_bytes

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from baton.engine.config_json import spec_from_config
 from baton.engine.devices.cpu import CpuDevice
 from baton.engine.fits import Role, SplitMoe, check_node, place
-from baton.engine.kv_cache import KVShape
+from baton.engine.kv_shape import KVShape
 from baton.engine.models import build_model
 from baton.engine.parallel import Groups
 from baton.engine.placement import Placement

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from baton.engine.checkpoint import SINGLE
 from baton.engine.config_json import load_spec
-from baton.engine.kv_cache import KVShape
+from baton.engine.kv_shape import KVShape
 from baton.engine.parallel import Groups
 from baton.engine.placement import Placement
 from baton.errors import ConfigError

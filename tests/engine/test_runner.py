@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from baton.engine.batch import Batch, Row, SampleRow
 from baton.engine.config_json import load_spec
 from baton.engine.devices import Matrix, open_device
-from baton.engine.kv_cache import KVCache, KVShape
+from baton.engine.kv_cache import KVCache
+from baton.engine.kv_shape import KVShape
 from baton.engine.parallel import Groups
 from baton.engine.placement import Placement
 from baton.engine.rank import Rank

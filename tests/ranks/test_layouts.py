@@ -9,7 +9,8 @@ import torch
 
 from baton.config import BatonConfig, RankPlan
 from baton.engine.config_json import spec_from_config
-from baton.engine.kv_cache import KVCache, KVShape
+from baton.engine.kv_cache import KVCache
+from baton.engine.kv_shape import KVShape
 from baton.engine.spec import ModelSpec
 from kv_transfer.layout import KVLayout, check_compatible
 from kv_transfer.reshard import plan
