@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from baton.errors import ConfigError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
@@ -66,6 +66,15 @@ class DecodeConfig(Section):
     max_sequences: int = Field(256, ge=1, description="sequences in one group's batch")
     max_waiting: int = Field(1024, ge=0, description="sequences that may wait for blocks in one group; more are refused")
     reserve_output_tokens: int = Field(512, ge=1, description="output tokens for which blocks are reserved before a sequence starts")
+    overcommit: Literal["outputs", "none"] = Field(
+        "outputs",
+        description="outputs: a sequence that outgrows its reservation on a full pool is suspended and resumed; none: reserve max_tokens",
+    )
+    max_step_tokens: int = Field(
+        512,
+        ge=16,
+        description="tokens computed in one step, when a decode node has to compute prompts itself because no prefill node is left",
+    )
     threads: int = Field(0, ge=0, description="compute threads per rank; 0: the cores of the host divided among its ranks")
 
 
@@ -96,7 +105,41 @@ class RouterConfig(Section):
     api_keys: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (), description="a client must present one of these (Authorization: Bearer …); empty: none"
     )
+    no_node_s: float = Field(
+        60.0, ge=0, description="seconds that a new request waits while no pair of nodes can serve (one is being rebuilt), then 503"
+    )
+    drain_s: float = Field(25.0, ge=0, description="seconds that running requests get to finish after SIGTERM; Ctrl-C gives none")
+    max_stop_strings: int = Field(16, ge=1, description="most stop strings of one request")
+    max_stop_chars: int = Field(1024, ge=1, description="longest stop string, characters")
     insecure: bool = Field(False, description="allow a non-loopback bind without TLS and token")
+
+
+class MembershipConfig(Section):
+    """Who counts as alive. Every process beats; a node is judged by its silence, a router by its nodes in the same way."""
+
+    beat_s: float = Field(1.0, gt=0, description="seconds between heartbeats")
+    suspect_beats: int = Field(3, ge=1, description="missed beats after which a node gets no new work")
+    dead_beats: int = Field(6, ge=2, description="missed beats after which a node is dead: its sequences go on elsewhere, it is rebuilt")
+    router_gone_s: float = Field(3.0, gt=0, description="seconds of a router's silence after which nodes end its sequences and leases")
+    stall_s: float = Field(120.0, gt=0, description="seconds that one step may take before its rank counts as dead")
+    rebuild: bool = Field(True, description="rebuild a node that lost a rank, and restart the router; false: leave it out of use")
+    max_backoff_s: float = Field(60.0, gt=0, description="longest pause between attempts to rebuild a node that keeps failing")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.suspect_beats >= self.dead_beats:
+            raise ValueError(f"suspect_beats {self.suspect_beats} must be fewer than dead_beats {self.dead_beats}")
+        return self
+
+    @property
+    def suspect_s(self) -> float:
+        """Silence after which a node gets no new work, seconds."""
+        return self.beat_s * self.suspect_beats
+
+    @property
+    def dead_s(self) -> float:
+        """Silence after which a node is dead, seconds."""
+        return self.beat_s * self.dead_beats
 
 
 class RayConfig(Section):
@@ -127,6 +170,7 @@ class BatonConfig(Section):
     decode: DecodeConfig = DecodeConfig()
     transfer: TransferConfig = TransferConfig()
     router: RouterConfig = RouterConfig()
+    membership: MembershipConfig = MembershipConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from baton.deadline import Deadline
+from baton.deadline import Deadline, now_s
 from baton.errors import BatonError, Cancelled, InternalError
 from decode_node.reader import GroupReader
 from decode_node.scheduler import Admitted, DecodeScheduler
@@ -53,7 +52,7 @@ class Progress:
 
     def facts(self) -> PullFacts:
         """The report of a pull that has just ended."""
-        now = time.monotonic()
+        now = now_s()
         return PullFacts(
             key=self.key,
             blocks_pulled=self.blocks,
@@ -100,7 +99,7 @@ class Intake:
     def begin(self, admitted: Admitted, source: PullSource, deadline: Deadline) -> None:
         """Start to pull what the sequence lacks."""
         key = (admitted.request_id, admitted.attempt)
-        task = asyncio.create_task(self._run(Progress(key, admitted.matched_blocks, time.monotonic()), source, deadline))
+        task = asyncio.create_task(self._run(Progress(key, admitted.matched_blocks, now_s()), source, deadline))
         self._tasks[key] = task
         task.add_done_callback(lambda task: self._ended(key, task))
 
@@ -145,7 +144,7 @@ class Intake:
         return progress.final
 
     async def _take(self, progress: Progress, incarnation: bytes, announced: Announced, deadline: Deadline) -> None:
-        progress.last_announced_s = time.monotonic()
+        progress.last_announced_s = now_s()
         progress.final = announced.final or progress.final
         for at in range(0, len(announced.block_ids), self.max_read_blocks):
             some = slice(at, at + self.max_read_blocks)

@@ -17,14 +17,14 @@ from kv_transfer.lease import FinalToken
 from ranks.desk import Desk, no_token
 from ranks.drive import Drive
 from ranks.facts import GroupHello
-from ranks.host import RankHost
+from ranks.seat import Seat
 from ranks.session import GroupLoad, Key, PullFacts, Session
 
 
 class DecodeLeader:
     """State owner: the leader's event loop. What it holds for a sequence hangs on its desk entry, its pull and the scheduler."""
 
-    def __init__(self, host: RankHost, reader: GroupReader) -> None:
+    def __init__(self, host: Seat, reader: GroupReader) -> None:
         config = host.plan.config
         self._host = host
         self._name = f"{host.plan.node}/{host.plan.group}"
@@ -45,7 +45,7 @@ class DecodeLeader:
             self._pulled,
             self._pull_failed,
             read_s=config.transfer.read_s,
-            block_bytes=host.shape.block_bytes,
+            block_bytes=host.block_bytes,
         )
         self.drive = Drive(host.step, host.wake_others, self)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -15,7 +14,7 @@ import grpc
 
 from baton import rpc
 from baton.config import PROTOCOL_VERSION
-from baton.deadline import Deadline
+from baton.deadline import Deadline, now_s
 from baton.errors import BatonError, Incompatible, InvalidRequest, LeaseLost, Unavailable
 from baton.v1 import node_pb2, transfer_pb2, transfer_pb2_grpc
 from baton.wire import error_to_message, finish_to_message, logprob_to_message
@@ -75,7 +74,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
 
         Raises LeaseLost if the number was cancelled or used before, InvalidRequest if it is in use, ResourceExhausted if full.
         """
-        self._table.open(number, time.monotonic(), deadline.at_s)
+        self._table.open(number, now_s(), deadline.at_s)
         self._changed(number)
         return bool(self._links.get(number))
 
@@ -85,7 +84,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
 
     def announce(self, number: int, first_block: int, blocks: Sequence[tuple[int, int]], final: FinalToken | None = None) -> bool:
         """More (block id, generation) pairs are readable on all ranks, the last with `final`; False if the lease has ended meanwhile."""
-        known = self._table.announce(number, first_block, blocks, time.monotonic(), final)
+        known = self._table.announce(number, first_block, blocks, now_s(), final)
         self._changed(number)
         return known
 
@@ -95,7 +94,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
 
     def fail(self, number: int, error: BatonError) -> None:
         """The request ended here without blocks to read (error, cancel). Unknown numbers are remembered: who comes later is refused."""
-        self._table.fail(number, error, time.monotonic())
+        self._table.fail(number, error, now_s())
         self._changed(number)
 
     def close(self, error: BatonError | None = None) -> None:
@@ -140,7 +139,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         if opening.lease.prefill_incarnation != self._incarnation:
             raise LeaseLost("the lease is of another incarnation of this node", stage="pull", cause="incarnation")
         number = opening.lease.number
-        lease = self._table.pull(number, opening.attempt, time.monotonic())
+        lease = self._table.pull(number, opening.attempt, now_s())
         link = self._links[number][opening.attempt] = _Link(number, opening.attempt, opening.have_blocks)
         self._changed(number)  # also tells the fenced ones
         if lease.opened:
@@ -179,7 +178,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         try:
             if request.WhichOneof("request") != "release" or request.release.attempt != link.attempt:
                 raise InvalidRequest("after open, a Pull takes only the release of its own attempt", stage="pull")
-            self._table.release(link.number, link.attempt, time.monotonic())
+            self._table.release(link.number, link.attempt, now_s())
             link.released = True
         except BatonError as error:
             link.error = error
@@ -204,7 +203,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         if not links:
             del self._links[link.number]
         lease = self._table.get(link.number)
-        self._table.close(link.number, link.attempt, time.monotonic())
+        self._table.close(link.number, link.attempt, now_s())
         self._changed(link.number)
         if lease and lease.opened and not lease.state.ended and not lease.links:
             self._on_closed(link.number)
@@ -224,11 +223,11 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         if self._timer is not None:
             self._timer.cancel()
         self._armed_s = at_s
-        delay_s = max(0.0, at_s - time.monotonic())
+        delay_s = max(0.0, at_s - now_s())
         self._timer = None if at_s == math.inf else asyncio.get_running_loop().call_later(delay_s, self._expire)
 
     def _expire(self) -> None:
-        overdue = self._table.expire(time.monotonic())
+        overdue = self._table.expire(now_s())
         self._arm(self._table.next_deadline_s())  # first: no listener's bug may stop the clock
         for lease in overdue:
             self._changed(lease.number)

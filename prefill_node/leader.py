@@ -17,14 +17,14 @@ from prefill_node.scheduler import PrefillScheduler
 from ranks.desk import Desk, no_token
 from ranks.drive import Drive
 from ranks.facts import GroupHello
-from ranks.host import RankHost
+from ranks.seat import Seat
 from ranks.session import GroupLoad, Key, Session
 
 
 class PrefillLeader:
     """State owner: the leader's event loop. What it holds for a request hangs on its desk entry and its lease."""
 
-    def __init__(self, host: RankHost) -> None:
+    def __init__(self, host: Seat) -> None:
         config = host.plan.config
         self._host = host
         self._node = host.plan.node
@@ -55,7 +55,7 @@ class PrefillLeader:
 
     def hello(self) -> GroupHello:
         """Who this node is, and where its blocks can be read."""
-        return self._host.hello(self._host.address.control, self.exports)
+        return self._host.hello(self._host.control_address, self.exports)
 
     def load(self) -> GroupLoad:
         """What the node carries now."""

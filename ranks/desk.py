@@ -39,8 +39,9 @@ class Desk(Generic[Facts]):
         self._name = name
         self._end = end
         self._entries: dict[Key, Entry[Facts]] = {}
-        self._sessions: set[Session] = set()
-        self._dirty: set[Session] = set()
+        # Dictionaries as sets that keep their order: what happens must not depend on where objects lie in memory.
+        self._sessions: dict[Session, None] = {}
+        self._dirty: dict[Session, None] = {}
         self._closed: BatonError | None = None
 
     def __len__(self) -> int:
@@ -49,15 +50,15 @@ class Desk(Generic[Facts]):
     def attach(self, session: Session) -> None:
         """A router's stream has begun. Raises the error that closed this group, if it is closed."""
         self.check_open()
-        self._sessions.add(session)
+        self._sessions[session] = None
         log.info("%s: router %s attached", self._name, session.router_incarnation.hex()[:8])
 
     def detach(self, session: Session) -> None:
         """A router's stream is over, and with it all that it asked for: nobody would hear of it."""
-        self._sessions.discard(session)
+        self._sessions.pop(session, None)
         for key in [key for key, entry in self._entries.items() if entry.session is session]:
             self._end(key, Cancelled("the router's stream is gone", stage=self._stage, node=self._name))
-        self._dirty.discard(session)
+        self._dirty.pop(session, None)
 
     def check_open(self) -> None:
         """Raise the error that closed this group, if it is closed."""
@@ -93,7 +94,7 @@ class Desk(Generic[Facts]):
         entry = self._entries.get((event.request_id, event.attempt))
         if entry is not None:
             entry.session.outbox.tokens.append(event)
-            self._dirty.add(entry.session)
+            self._dirty[entry.session] = None
         return entry is not None
 
     def flush(self) -> None:

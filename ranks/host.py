@@ -143,6 +143,16 @@ class RankHost:
         self._closing.push_async_callback(self.server.stop, STOP_S / 2)
         await health.set_serving(True)
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block on this rank."""
+        return self.shape.block_bytes
+
+    @property
+    def control_address(self) -> str:
+        """host:port of this rank's gRPC server."""
+        return self.address.control
+
     async def step(self, batch: Batch | None) -> StepOutcome:
         """One step together with the domain, on the step thread."""
         return await self._on_step_thread(lambda: self.runner.step(batch))

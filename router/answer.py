@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 
-from baton.deadline import Deadline
+from baton.deadline import Deadline, now_s
 from baton.errors import BatonError, Cancelled, InternalError
 from baton.request import Chunk, Usage
 from baton.tokenizer import Tokenizer
@@ -103,7 +102,7 @@ class Answer:
             self._queue.put_nowait((index, InternalError(f"the router failed: {error!r}", stage="router")))
 
     def _delivered(self, index: int, delivery: Delivery) -> None:
-        now, last = time.monotonic(), self._last_token_s[index]
+        now, last = now_s(), self._last_token_s[index]
         self._last_token_s[index] = now
         if last is not None:
             self._fleet.metrics.next_token(now - last)

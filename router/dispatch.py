@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import random
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +19,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from baton.config import BatonConfig
-from baton.deadline import Deadline
+from baton.deadline import Deadline, now_s
 from baton.errors import BatonError, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Unavailable
 from baton.request import SEED_BITS, Chunk, GenerateRequest, Usage
+from baton.rpc import open_channel
 from baton.telemetry import RouterMetrics, fields
 from baton.tokenizer import Tokenizer
 from router.admission import Admission, Limits, Verdict, check_prompt, check_request, resolve, sequence_seed
@@ -29,6 +30,7 @@ from router.answer import Answer
 from router.choices import Prepared
 from router.fleet import Fleet
 from router.flush import Flushed
+from router.nodes import OpenChannel
 from router.prove import Prover
 from router.registry import Role
 from router.relay import FIRST_PAIR_PATIENCE_S
@@ -60,9 +62,17 @@ class Received:
 class Dispatcher:
     """State owner: the router's loop. Takes requests between `start` and `close`."""
 
-    def __init__(self, config: BatonConfig, tokenizer: Tokenizer, *, beat_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        config: BatonConfig,
+        tokenizer: Tokenizer,
+        *,
+        beat_s: float = 1.0,
+        chance: random.Random | None = None,
+        open_channel: OpenChannel = open_channel,
+    ) -> None:
         self.tokenizer = tokenizer
-        self.fleet = Fleet(RouterMetrics(), beat_s=beat_s)
+        self.fleet = Fleet(RouterMetrics(), beat_s=beat_s, chance=chance, open_channel=open_channel)
         self.num_received = 0
         self._config = config
         self._created_s = int(time.time())
@@ -194,13 +204,13 @@ class Dispatcher:
 
     def _receive(self, request: GenerateRequest) -> Received:
         self.num_received += 1
-        request_id = request.request_id or f"req-{secrets.token_hex(8)}"
+        request_id = request.request_id or f"req-{self.fleet.chance.randbytes(8).hex()}"
         timeout_s = self._config.router.timeout_s if request.timeout_s is None else request.timeout_s
         return Received(
             request=replace(request, request_id=request_id),
             inside_id=f"{request_id}~{self.num_received:x}",
             deadline=Deadline.after(timeout_s),
-            received_s=time.monotonic(),
+            received_s=now_s(),
         )
 
     async def _prepare(self, received: Received) -> Prepared:
@@ -227,7 +237,7 @@ class Dispatcher:
             prompt_len=len(prompt_ids),
             max_model_len=max_model_len,
             default_max_tokens=request.default_max_tokens,
-            drawn_seed=secrets.randbits(SEED_BITS),
+            drawn_seed=self.fleet.chance.getrandbits(SEED_BITS),
         )
         return Prepared(
             request_id=request.request_id,
@@ -321,7 +331,7 @@ class Dispatcher:
                 received.first_token_s = answer.first_token_s - received.received_s
 
     def _account(self, received: Received) -> None:
-        total_s = time.monotonic() - received.received_s
+        total_s = now_s() - received.received_s
         metrics, usage = self.fleet.metrics, received.usage
         if received.first_token_s is not None:
             metrics.first_token(received.first_token_s)

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import random
 from collections.abc import Iterable, Set
 from typing import Protocol
 
 from baton.errors import BatonError, Incompatible, NodeLost
 from baton.request import TokenEvent
+from baton.rpc import open_channel
 from baton.telemetry import GroupFigures, PullFigures, RouterMetrics, fields
 from router.flush import Flushed, Flushes
 from router.heard import GroupLoad, Heard, Hello, PullReport
-from router.nodes import NodeLink
+from router.nodes import NodeLink, OpenChannel
 from router.policy import GroupView, choose
 from router.registry import Group, GroupState, Pair, Registry, Role
 
@@ -45,11 +46,20 @@ class Carrier(Protocol):
 class Fleet:
     """The `Listener` of all links. A carrier is entered when its sequence starts and leaves when it has had its end."""
 
-    def __init__(self, metrics: RouterMetrics, *, beat_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        metrics: RouterMetrics,
+        *,
+        beat_s: float = 1.0,
+        chance: random.Random | None = None,
+        open_channel: OpenChannel = open_channel,
+    ) -> None:
         self.registry = Registry()
         self.metrics = metrics
         self._beat_s = beat_s
-        self._incarnation = secrets.token_bytes(16)
+        self.chance = chance or random.SystemRandom()
+        self._open_channel = open_channel
+        self._incarnation = self.chance.randbytes(16)
         self._links: dict[str, NodeLink] = {}
         self._carriers: dict[str, Carrier] = {}
         self.flushes = Flushes()
@@ -60,7 +70,7 @@ class Fleet:
         """Meet a group at `address` and stay connected; nothing if that was already asked."""
         self.registry.add(role, address)
         if address not in self._links:
-            self._links[address] = NodeLink(role, address, self, self._incarnation, beat_s=self._beat_s)
+            self._links[address] = NodeLink(role, address, self, self._incarnation, beat_s=self._beat_s, open_channel=self._open_channel)
             self._links[address].start()
 
     async def remove(self, address: str) -> None:

@@ -44,6 +44,7 @@ _KINDS: dict[int, type[BatonError]] = {
 }
 _KINDS_BY_CAUSE: dict[str, type[BatonError]] = {kind.default_cause: kind for kind in (NodeLost, LeaseLost)}
 
+OpenChannel = Callable[[str], grpc.aio.Channel]
 Command = node_pb2.PrefillCommand | node_pb2.DecodeCommand
 Call = grpc.aio.StreamStreamCall[Command, node_pb2.NodeEvent]
 
@@ -78,6 +79,7 @@ class NodeLink:
         *,
         beat_s: float = 1.0,
         max_missed_beats: int = 6,
+        open_channel: OpenChannel = open_channel,
     ) -> None:
         self.role = role
         self.address = address

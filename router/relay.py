@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -156,7 +155,7 @@ class Relay:
             return
         self._pair, self._outcome = pair, asyncio.get_running_loop().create_future()
         dispatch = self.life.dispatch()
-        self._lease = 0 if dispatch.decode is None else secrets.randbits(63) | 1
+        self._lease = 0 if dispatch.decode is None else self._fleet.chance.getrandbits(63) | 1
         self._send(pair, dispatch)
         failure = await self._outcome
         if failure is not None and not self.life.over:

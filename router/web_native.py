@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
+from baton.deadline import now_s
 from baton.request import Chunk, FinishReason, Usage
 from router.schema_native import NativeBody
 from router.web_answers import Collected, Frame, Json, finite
@@ -16,7 +16,7 @@ class NativeAnswer:
     def __init__(self, frame: Frame, body: NativeBody) -> None:
         self._frame = frame
         self._body = body
-        self._started_s = time.monotonic()
+        self._started_s = now_s()
         self._choices = [[Collected() for _ in range(sampling.n)] for sampling in body.samplings]
         self._usages = [Usage(prompt_tokens=len(ids)) for ids in frame.prompt_ids] or [Usage()] * len(body.samplings)
 
@@ -52,7 +52,7 @@ class NativeAnswer:
             "prompt_tokens": self._usages[prompt].prompt_tokens,
             "completion_tokens": len(choice.token_ids),
             "cached_tokens": self._usages[prompt].cached_tokens,
-            "e2e_latency": time.monotonic() - self._started_s,
+            "e2e_latency": now_s() - self._started_s,
         }
         meta |= self._logprobs(choice) if self._body.return_logprob else {}
         return {"text": choice.text, "output_ids": list(choice.token_ids), "meta_info": meta}

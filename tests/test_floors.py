@@ -23,7 +23,10 @@ FLOORS: list[dict[str, list[str]]] = [
     {
         "basement": [
             "baton/__init__.py",
-            *(f"baton/{name}.py" for name in ("request", "config", "errors", "deadline", "tokenizer", "detokenizer", "telemetry")),
+            *(
+                f"baton/{name}.py"
+                for name in ("request", "config", "errors", "deadline", "lifecycle", "tokenizer", "detokenizer", "telemetry")
+            ),
         ]
     },
     {"stubs": ["baton/v1/**"]},

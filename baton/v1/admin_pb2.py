@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import node_pb2 as baton_dot_v1_dot_node__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/admin.proto\x12\x08\x62\x61ton.v1\x1a\x13\x62\x61ton/v1/node.proto\"\x0f\n\rStatusRequest\"\x9d\x01\n\x0bGroupStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\r\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x0c\x12!\n\x05ranks\x18\x05 \x03(\x0b\x32\x12.baton.v1.RankInfo\x12\x1c\n\x04load\x18\x06 \x01(\x0b\x32\x0e.baton.v1.Load\x12\r\n\x05state\x18\x07 \x01(\t\"N\n\nPairStatus\x12\x0f\n\x07prefill\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06proven\x18\x03 \x01(\x08\x12\x0f\n\x07refusal\x18\x04 \x01(\t\"\xbd\x01\n\x0bStatusReply\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x06groups\x18\x03 \x03(\x0b\x32\x15.baton.v1.GroupStatus\x12#\n\x05pairs\x18\x04 \x03(\x0b\x32\x14.baton.v1.PairStatus\x12\x18\n\x10requests_running\x18\x05 \x01(\x04\x12\x16\n\x0erequests_total\x18\x06 \x01(\x04\x12\x12\n\nrouter_pid\x18\x07 \x01(\r\"/\n\x0c\x44rainRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\"\x1a\n\nDrainReply\x12\x0c\n\x04idle\x18\x01 \x01(\x08\"!\n\x11\x46lushCacheRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"1\n\x0f\x46lushCacheReply\x12\x0e\n\x06groups\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r2\xbe\x01\n\x05\x41\x64min\x12\x38\n\x06Status\x12\x17.baton.v1.StatusRequest\x1a\x15.baton.v1.StatusReply\x12\x35\n\x05\x44rain\x12\x16.baton.v1.DrainRequest\x1a\x14.baton.v1.DrainReply\x12\x44\n\nFlushCache\x12\x1b.baton.v1.FlushCacheRequest\x1a\x19.baton.v1.FlushCacheReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x62\x61ton/v1/admin.proto\x12\x08\x62\x61ton.v1\x1a\x13\x62\x61ton/v1/node.proto\"\x0f\n\rStatusRequest\"\x9d\x01\n\x0bGroupStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\r\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\x0c\x12!\n\x05ranks\x18\x05 \x03(\x0b\x32\x12.baton.v1.RankInfo\x12\x1c\n\x04load\x18\x06 \x01(\x0b\x32\x0e.baton.v1.Load\x12\r\n\x05state\x18\x07 \x01(\t\"N\n\nPairStatus\x12\x0f\n\x07prefill\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06proven\x18\x03 \x01(\x08\x12\x0f\n\x07refusal\x18\x04 \x01(\t\"\xe2\x01\n\x0bStatusReply\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x06groups\x18\x03 \x03(\x0b\x32\x15.baton.v1.GroupStatus\x12#\n\x05pairs\x18\x04 \x03(\x0b\x32\x14.baton.v1.PairStatus\x12\x18\n\x10requests_running\x18\x05 \x01(\x04\x12\x16\n\x0erequests_total\x18\x06 \x01(\x04\x12\x12\n\nrouter_pid\x18\x07 \x01(\r\x12#\n\x05nodes\x18\x08 \x03(\x0b\x32\x14.baton.v1.NodeStatus\"?\n\x0c\x44rainRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\x12\x0e\n\x06retire\x18\x03 \x01(\x08\"/\n\nDrainReply\x12\x0c\n\x04idle\x18\x01 \x01(\x08\x12\x13\n\x0bhanded_over\x18\x02 \x01(\r\"\x1e\n\x0eRestoreRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"\x0e\n\x0cRestoreReply\"S\n\nNodeStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05stage\x18\x03 \x01(\t\x12\x0b\n\x03why\x18\x04 \x01(\t\x12\r\n\x05lives\x18\x05 \x01(\r\"!\n\x11\x46lushCacheRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"1\n\x0f\x46lushCacheReply\x12\x0e\n\x06groups\x18\x01 \x01(\r\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r2\xfb\x01\n\x05\x41\x64min\x12\x38\n\x06Status\x12\x17.baton.v1.StatusRequest\x1a\x15.baton.v1.StatusReply\x12\x35\n\x05\x44rain\x12\x16.baton.v1.DrainRequest\x1a\x14.baton.v1.DrainReply\x12;\n\x07Restore\x12\x18.baton.v1.RestoreRequest\x1a\x16.baton.v1.RestoreReply\x12\x44\n\nFlushCache\x12\x1b.baton.v1.FlushCacheRequest\x1a\x19.baton.v1.FlushCacheReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -29,15 +29,21 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_PAIRSTATUS']._serialized_start=232
   _globals['_PAIRSTATUS']._serialized_end=310
   _globals['_STATUSREPLY']._serialized_start=313
-  _globals['_STATUSREPLY']._serialized_end=502
-  _globals['_DRAINREQUEST']._serialized_start=504
-  _globals['_DRAINREQUEST']._serialized_end=551
-  _globals['_DRAINREPLY']._serialized_start=553
-  _globals['_DRAINREPLY']._serialized_end=579
-  _globals['_FLUSHCACHEREQUEST']._serialized_start=581
-  _globals['_FLUSHCACHEREQUEST']._serialized_end=614
-  _globals['_FLUSHCACHEREPLY']._serialized_start=616
-  _globals['_FLUSHCACHEREPLY']._serialized_end=665
-  _globals['_ADMIN']._serialized_start=668
-  _globals['_ADMIN']._serialized_end=858
+  _globals['_STATUSREPLY']._serialized_end=539
+  _globals['_DRAINREQUEST']._serialized_start=541
+  _globals['_DRAINREQUEST']._serialized_end=604
+  _globals['_DRAINREPLY']._serialized_start=606
+  _globals['_DRAINREPLY']._serialized_end=653
+  _globals['_RESTOREREQUEST']._serialized_start=655
+  _globals['_RESTOREREQUEST']._serialized_end=685
+  _globals['_RESTOREREPLY']._serialized_start=687
+  _globals['_RESTOREREPLY']._serialized_end=701
+  _globals['_NODESTATUS']._serialized_start=703
+  _globals['_NODESTATUS']._serialized_end=786
+  _globals['_FLUSHCACHEREQUEST']._serialized_start=788
+  _globals['_FLUSHCACHEREQUEST']._serialized_end=821
+  _globals['_FLUSHCACHEREPLY']._serialized_start=823
+  _globals['_FLUSHCACHEREPLY']._serialized_end=872
+  _globals['_ADMIN']._serialized_start=875
+  _globals['_ADMIN']._serialized_end=1126
 # @@protoc_insertion_point(module_scope)

@@ -41,7 +41,7 @@ class PairStatus(_message.Message):
     def __init__(self, prefill: _Optional[str] = ..., decode: _Optional[str] = ..., proven: bool = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("ready", "model", "groups", "pairs", "requests_running", "requests_total", "router_pid")
+    __slots__ = ("ready", "model", "groups", "pairs", "requests_running", "requests_total", "router_pid", "nodes")
     READY_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,7 @@ class StatusReply(_message.Message):
     REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     ROUTER_PID_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
     ready: bool
     model: str
     groups: _containers.RepeatedCompositeFieldContainer[GroupStatus]
@@ -56,21 +57,50 @@ class StatusReply(_message.Message):
     requests_running: int
     requests_total: int
     router_pid: int
-    def __init__(self, ready: bool = ..., model: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[GroupStatus, _Mapping]]] = ..., pairs: _Optional[_Iterable[_Union[PairStatus, _Mapping]]] = ..., requests_running: _Optional[int] = ..., requests_total: _Optional[int] = ..., router_pid: _Optional[int] = ...) -> None: ...
+    nodes: _containers.RepeatedCompositeFieldContainer[NodeStatus]
+    def __init__(self, ready: bool = ..., model: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[GroupStatus, _Mapping]]] = ..., pairs: _Optional[_Iterable[_Union[PairStatus, _Mapping]]] = ..., requests_running: _Optional[int] = ..., requests_total: _Optional[int] = ..., router_pid: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
-    __slots__ = ("node", "timeout_s")
+    __slots__ = ("node", "timeout_s", "retire")
     NODE_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    RETIRE_FIELD_NUMBER: _ClassVar[int]
     node: str
     timeout_s: float
-    def __init__(self, node: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    retire: bool
+    def __init__(self, node: _Optional[str] = ..., timeout_s: _Optional[float] = ..., retire: bool = ...) -> None: ...
 
 class DrainReply(_message.Message):
-    __slots__ = ("idle",)
+    __slots__ = ("idle", "handed_over")
     IDLE_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OVER_FIELD_NUMBER: _ClassVar[int]
     idle: bool
-    def __init__(self, idle: bool = ...) -> None: ...
+    handed_over: int
+    def __init__(self, idle: bool = ..., handed_over: _Optional[int] = ...) -> None: ...
+
+class RestoreRequest(_message.Message):
+    __slots__ = ("node",)
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    def __init__(self, node: _Optional[str] = ...) -> None: ...
+
+class RestoreReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class NodeStatus(_message.Message):
+    __slots__ = ("node", "role", "stage", "why", "lives")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    LIVES_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    role: str
+    stage: str
+    why: str
+    lives: int
+    def __init__(self, node: _Optional[str] = ..., role: _Optional[str] = ..., stage: _Optional[str] = ..., why: _Optional[str] = ..., lives: _Optional[int] = ...) -> None: ...
 
 class FlushCacheRequest(_message.Message):
     __slots__ = ("node",)

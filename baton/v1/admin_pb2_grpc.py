@@ -24,6 +24,11 @@ class AdminStub(object):
                 request_serializer=baton_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_admin__pb2.DrainReply.FromString,
                 )
+        self.Restore = channel.unary_unary(
+                '/baton.v1.Admin/Restore',
+                request_serializer=baton_dot_v1_dot_admin__pb2.RestoreRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_admin__pb2.RestoreReply.FromString,
+                )
         self.FlushCache = channel.unary_unary(
                 '/baton.v1.Admin/FlushCache',
                 request_serializer=baton_dot_v1_dot_admin__pb2.FlushCacheRequest.SerializeToString,
@@ -41,7 +46,15 @@ class AdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Drain sends no new work to a node; what is still there after timeout_s goes on elsewhere.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Restore(self, request, context):
+        """Restore takes a drained node back into service, building it anew if it was retired.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -65,6 +78,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=baton_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=baton_dot_v1_dot_admin__pb2.DrainReply.SerializeToString,
+            ),
+            'Restore': grpc.unary_unary_rpc_method_handler(
+                    servicer.Restore,
+                    request_deserializer=baton_dot_v1_dot_admin__pb2.RestoreRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_admin__pb2.RestoreReply.SerializeToString,
             ),
             'FlushCache': grpc.unary_unary_rpc_method_handler(
                     servicer.FlushCache,
@@ -112,6 +130,23 @@ class Admin(object):
         return grpc.experimental.unary_unary(request, target, '/baton.v1.Admin/Drain',
             baton_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             baton_dot_v1_dot_admin__pb2.DrainReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Restore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/baton.v1.Admin/Restore',
+            baton_dot_v1_dot_admin__pb2.RestoreRequest.SerializeToString,
+            baton_dot_v1_dot_admin__pb2.RestoreReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

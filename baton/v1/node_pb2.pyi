@@ -145,20 +145,22 @@ class SequenceRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., emitted_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[ResolvedSampling, _Mapping]] = ..., time_left_s: _Optional[float] = ...) -> None: ...
 
 class PrefillCommand(_message.Message):
-    __slots__ = ("hello", "prefill", "accepted", "cancel", "beat", "flush")
+    __slots__ = ("hello", "prefill", "accepted", "cancel", "beat", "flush", "check")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
     FLUSH_FIELD_NUMBER: _ClassVar[int]
+    CHECK_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     prefill: PrefillRequest
     accepted: DecodeAccepted
     cancel: Cancel
     beat: Beat
     flush: FlushCache
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., accepted: _Optional[_Union[DecodeAccepted, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., flush: _Optional[_Union[FlushCache, _Mapping]] = ...) -> None: ...
+    check: Check
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., prefill: _Optional[_Union[PrefillRequest, _Mapping]] = ..., accepted: _Optional[_Union[DecodeAccepted, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., flush: _Optional[_Union[FlushCache, _Mapping]] = ..., check: _Optional[_Union[Check, _Mapping]] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("sequence", "lease_number")
@@ -175,18 +177,20 @@ class DecodeAccepted(_message.Message):
     def __init__(self, lease_number: _Optional[int] = ...) -> None: ...
 
 class DecodeCommand(_message.Message):
-    __slots__ = ("hello", "decode", "cancel", "beat", "flush")
+    __slots__ = ("hello", "decode", "cancel", "beat", "flush", "check")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
     FLUSH_FIELD_NUMBER: _ClassVar[int]
+    CHECK_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     decode: DecodeRequest
     cancel: Cancel
     beat: Beat
     flush: FlushCache
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., flush: _Optional[_Union[FlushCache, _Mapping]] = ...) -> None: ...
+    check: Check
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., decode: _Optional[_Union[DecodeRequest, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., flush: _Optional[_Union[FlushCache, _Mapping]] = ..., check: _Optional[_Union[Check, _Mapping]] = ...) -> None: ...
 
 class DecodeRequest(_message.Message):
     __slots__ = ("sequence", "lease", "transfer_address", "exports")
@@ -230,8 +234,26 @@ class Beat(_message.Message):
     number: int
     def __init__(self, number: _Optional[int] = ...) -> None: ...
 
+class Check(_message.Message):
+    __slots__ = ("request_id", "attempt")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class Known(_message.Message):
+    __slots__ = ("request_id", "attempt", "next_index")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    NEXT_INDEX_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    next_index: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., next_index: _Optional[int] = ...) -> None: ...
+
 class NodeEvent(_message.Message):
-    __slots__ = ("hello", "tokens", "accepted", "errors", "load", "pulls", "flushed")
+    __slots__ = ("hello", "tokens", "accepted", "errors", "load", "pulls", "flushed", "known")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
@@ -239,6 +261,7 @@ class NodeEvent(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     PULLS_FIELD_NUMBER: _ClassVar[int]
     FLUSHED_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
     hello: NodeHello
     tokens: _containers.RepeatedCompositeFieldContainer[TokenEvent]
     accepted: _containers.RepeatedCompositeFieldContainer[Accepted]
@@ -246,7 +269,8 @@ class NodeEvent(_message.Message):
     load: Load
     pulls: _containers.RepeatedCompositeFieldContainer[PullReport]
     flushed: _containers.RepeatedCompositeFieldContainer[CacheFlushed]
-    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ..., accepted: _Optional[_Iterable[_Union[Accepted, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pulls: _Optional[_Iterable[_Union[PullReport, _Mapping]]] = ..., flushed: _Optional[_Iterable[_Union[CacheFlushed, _Mapping]]] = ...) -> None: ...
+    known: _containers.RepeatedCompositeFieldContainer[Known]
+    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ..., accepted: _Optional[_Iterable[_Union[Accepted, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pulls: _Optional[_Iterable[_Union[PullReport, _Mapping]]] = ..., flushed: _Optional[_Iterable[_Union[CacheFlushed, _Mapping]]] = ..., known: _Optional[_Iterable[_Union[Known, _Mapping]]] = ...) -> None: ...
 
 class TokenEvent(_message.Message):
     __slots__ = ("request_id", "attempt", "output_index", "token_ids", "logprobs", "finish_reason", "cached_tokens")

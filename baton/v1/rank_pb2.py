@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import node_pb2 as baton_dot_v1_dot_node__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x62\x61ton/v1/rank.proto\x12\x08\x62\x61ton.v1\x1a\x13\x62\x61ton/v1/node.proto\"\x1c\n\x0bWakeRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x0b\n\tWakeReply\"V\n\x0eSourcesRequest\x12\x1b\n\x13prefill_incarnation\x18\x01 \x01(\x0c\x12\'\n\x07\x65xports\x18\x02 \x03(\x0b\x32\x16.baton.v1.ExportHandle\"!\n\x0cSourcesReply\x12\x11\n\ttransport\x18\x01 \x01(\t\"\xa4\x01\n\x0bReadRequest\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.baton.v1.LeaseId\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x19\n\rsource_blocks\x18\x03 \x03(\rB\x02\x10\x01\x12\x17\n\x0bgenerations\x18\x04 \x03(\x04\x42\x02\x10\x01\x12\x19\n\rtarget_blocks\x18\x05 \x03(\rB\x02\x10\x01\x12\x13\n\x0btime_left_s\x18\x06 \x01(\x01\"\x1f\n\tReadReply\x12\x12\n\nbytes_read\x18\x01 \x01(\x04\"\x0f\n\rExportRequest2\xed\x01\n\x0bRankControl\x12\x32\n\x04Wake\x12\x15.baton.v1.WakeRequest\x1a\x13.baton.v1.WakeReply\x12\x32\n\x04Read\x12\x15.baton.v1.ReadRequest\x1a\x13.baton.v1.ReadReply\x12;\n\x07Sources\x12\x18.baton.v1.SourcesRequest\x1a\x16.baton.v1.SourcesReply\x12\x39\n\x06\x45xport\x12\x17.baton.v1.ExportRequest\x1a\x16.baton.v1.ExportHandleb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x62\x61ton/v1/rank.proto\x12\x08\x62\x61ton.v1\x1a\x13\x62\x61ton/v1/node.proto\"\x1c\n\x0bWakeRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x0b\n\tWakeReply\"V\n\x0eSourcesRequest\x12\x1b\n\x13prefill_incarnation\x18\x01 \x01(\x0c\x12\'\n\x07\x65xports\x18\x02 \x03(\x0b\x32\x16.baton.v1.ExportHandle\"!\n\x0cSourcesReply\x12\x11\n\ttransport\x18\x01 \x01(\t\"\xa4\x01\n\x0bReadRequest\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.baton.v1.LeaseId\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x19\n\rsource_blocks\x18\x03 \x03(\rB\x02\x10\x01\x12\x17\n\x0bgenerations\x18\x04 \x03(\x04\x42\x02\x10\x01\x12\x19\n\rtarget_blocks\x18\x05 \x03(\rB\x02\x10\x01\x12\x13\n\x0btime_left_s\x18\x06 \x01(\x01\"\x1f\n\tReadReply\x12\x12\n\nbytes_read\x18\x01 \x01(\x04\"\x0f\n\rExportRequest\"\r\n\x0bPingRequest\"\x1a\n\tPingReply\x12\r\n\x05steps\x18\x01 \x01(\x04\x32\xa1\x02\n\x0bRankControl\x12\x32\n\x04Wake\x12\x15.baton.v1.WakeRequest\x1a\x13.baton.v1.WakeReply\x12\x32\n\x04Read\x12\x15.baton.v1.ReadRequest\x1a\x13.baton.v1.ReadReply\x12;\n\x07Sources\x12\x18.baton.v1.SourcesRequest\x1a\x16.baton.v1.SourcesReply\x12\x39\n\x06\x45xport\x12\x17.baton.v1.ExportRequest\x1a\x16.baton.v1.ExportHandle\x12\x32\n\x04Ping\x12\x15.baton.v1.PingRequest\x1a\x13.baton.v1.PingReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,6 +42,10 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_READREPLY']._serialized_end=418
   _globals['_EXPORTREQUEST']._serialized_start=420
   _globals['_EXPORTREQUEST']._serialized_end=435
-  _globals['_RANKCONTROL']._serialized_start=438
-  _globals['_RANKCONTROL']._serialized_end=675
+  _globals['_PINGREQUEST']._serialized_start=437
+  _globals['_PINGREQUEST']._serialized_end=450
+  _globals['_PINGREPLY']._serialized_start=452
+  _globals['_PINGREPLY']._serialized_end=478
+  _globals['_RANKCONTROL']._serialized_start=481
+  _globals['_RANKCONTROL']._serialized_end=770
 # @@protoc_insertion_point(module_scope)

@@ -35,6 +35,11 @@ class RankControlStub(object):
                 request_serializer=baton_dot_v1_dot_rank__pb2.ExportRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_node__pb2.ExportHandle.FromString,
                 )
+        self.Ping = channel.unary_unary(
+                '/baton.v1.RankControl/Ping',
+                request_serializer=baton_dot_v1_dot_rank__pb2.PingRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_rank__pb2.PingReply.FromString,
+                )
 
 
 class RankControlServicer(object):
@@ -68,6 +73,13 @@ class RankControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Ping(self, request, context):
+        """Ping is a leader's heartbeat to the ranks it steps with: one that does not answer for too long makes the node unusable.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RankControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -90,6 +102,11 @@ def add_RankControlServicer_to_server(servicer, server):
                     servicer.Export,
                     request_deserializer=baton_dot_v1_dot_rank__pb2.ExportRequest.FromString,
                     response_serializer=baton_dot_v1_dot_node__pb2.ExportHandle.SerializeToString,
+            ),
+            'Ping': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ping,
+                    request_deserializer=baton_dot_v1_dot_rank__pb2.PingRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_rank__pb2.PingReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -166,5 +183,22 @@ class RankControl(object):
         return grpc.experimental.unary_unary(request, target, '/baton.v1.RankControl/Export',
             baton_dot_v1_dot_rank__pb2.ExportRequest.SerializeToString,
             baton_dot_v1_dot_node__pb2.ExportHandle.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Ping(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/baton.v1.RankControl/Ping',
+            baton_dot_v1_dot_rank__pb2.PingRequest.SerializeToString,
+            baton_dot_v1_dot_rank__pb2.PingReply.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
