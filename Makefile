@@ -3,6 +3,7 @@
 #   PYTHON       the interpreter to build .venv with; 3.11 or later
 #   TORCH_SPEC   which torch to install
 #   TORCH_INDEX  where from, e.g. https://download.pytorch.org/whl/cpu where the default index would give a CUDA build
+#   CHAOS        options of make bench-chaos
 
 PYTHON ?= python3
 TORCH_SPEC ?= torch==2.13.0
@@ -17,7 +18,7 @@ PIP := -m pip --disable-pip-version-check install -qq
 .DEFAULT_GOAL := check
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: setup proto format format-check lint types check test test-full demo bench-w8a8 clean
+.PHONY: setup proto lifecycles format format-check lint types check test test-full demo bench-w8a8 bench-chaos clean
 
 setup: $(READY)
 
@@ -77,8 +78,16 @@ endif
 demo: $(READY)
 	@$(BIN)/python -m cluster.demo
 
+lifecycles: $(READY)
+	$(BIN)/python -m cluster.lifecycles > docs/lifecycles.md.new
+	mv docs/lifecycles.md.new docs/lifecycles.md
+
 bench-w8a8: $(READY)
 	@$(BIN)/python -m bench.w8a8
+
+# Minutes. CHAOS takes more: make bench-chaos CHAOS="--requests 200 --faults 10 --untimed"; --help lists all.
+bench-chaos: $(READY)
+	@$(BIN)/python -m bench.chaos $(CHAOS)
 
 clean:
 	rm -rf build dist .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

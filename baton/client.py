@@ -73,6 +73,14 @@ class Model:
     dtype: str
 
 
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """What became of a node's work. idle: nothing of the router's is on it any more. handed_over: sequences that went on elsewhere."""
+
+    idle: bool
+    handed_over: int
+
+
 class Client:
     """A connection for one event loop. Close it, or use it as `async with`."""
 
@@ -127,14 +135,24 @@ class Client:
             raise to_error(error) from error
         return reply
 
-    async def drain(self, node: str, timeout_s: float) -> bool:
-        """Send no new work to a node; whether it was idle within timeout_s."""
-        request = admin_pb2.DrainRequest(node=node, timeout_s=timeout_s)
+    async def drain(self, node: str, timeout_s: float, *, retire: bool = False) -> admin_pb2.DrainReply:
+        """Send no new work to a node; what is there after timeout_s goes on elsewhere. retire: once it is idle, end its processes.
+
+        The reply's idle: whether nothing is left there; handed_over: how many sequences went on elsewhere.
+        """
+        request = admin_pb2.DrainRequest(node=node, timeout_s=timeout_s, retire=retire)
         try:
-            reply = await self._admin.Drain(request, timeout=timeout_s + ADMIN_TIMEOUT_S, metadata=self._metadata)
+            reply: admin_pb2.DrainReply = await self._admin.Drain(request, timeout=timeout_s + ADMIN_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise to_error(error) from error
-        return bool(reply.idle)
+        return reply
+
+    async def restore(self, node: str) -> None:
+        """Take a drained or retired node back into service; a retired one is built anew, which is not waited for."""
+        try:
+            await self._admin.Restore(admin_pb2.RestoreRequest(node=node), timeout=ADMIN_TIMEOUT_S, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise to_error(error) from error
 
     async def flush_cache(self, node: str = "") -> int:
         """Forget cached prefixes that no sequence uses, on a node or ("") on all; how many blocks are free now that were not."""
@@ -197,11 +215,19 @@ class SyncClient:
             raise to_error(error) from error
         return reply
 
-    def drain(self, node: str, timeout_s: float) -> bool:
-        """Send no new work to a node; whether it was idle within timeout_s."""
-        request = admin_pb2.DrainRequest(node=node, timeout_s=timeout_s)
+    def drain(self, node: str, timeout_s: float, *, retire: bool = False) -> admin_pb2.DrainReply:
+        """As Client.drain."""
+        request = admin_pb2.DrainRequest(node=node, timeout_s=timeout_s, retire=retire)
         try:
-            return bool(self._admin.Drain(request, timeout=timeout_s + ADMIN_TIMEOUT_S, metadata=self._metadata).idle)
+            reply: admin_pb2.DrainReply = self._admin.Drain(request, timeout=timeout_s + ADMIN_TIMEOUT_S, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise to_error(error) from error
+        return reply
+
+    def restore(self, node: str) -> None:
+        """As Client.restore."""
+        try:
+            self._admin.Restore(admin_pb2.RestoreRequest(node=node), timeout=ADMIN_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise to_error(error) from error
 

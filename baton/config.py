@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -18,16 +19,19 @@ from baton.errors import ConfigError
 
 PROTOCOL_VERSION = 3
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
+_MAX_SIZE_CHARS = 40
+_MAX_EXPLAINED = 20
+_MAX_NAME_CHARS = 200
 
 
-def parse_bytes(size: int | str) -> int:
+def parse_bytes(size: object) -> int:
     """Bytes from 268435456, "256MiB", "1.5 GB" …; ValueError for anything else."""
     if isinstance(size, int):
         return size
-    found = _SIZE.fullmatch(size)
+    found = _SIZE.fullmatch(size) if isinstance(size, str) and len(size) < _MAX_SIZE_CHARS else None
     if not found or found[2].upper() not in _UNITS:
-        raise ValueError(f"{size!r} is not a size; write a number of bytes or, say, 512MiB or 2GiB")
+        raise ValueError(f"{_shown(size)} is not a size; write a number of bytes or, say, 512MiB or 2GiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
@@ -37,9 +41,9 @@ Quantization = Literal["auto", "none", "w8a8"]
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, unknown keys refused."""
+    """A part of the configuration: frozen, unknown keys and numbers that are not finite refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PrefillConfig(Section):
@@ -73,7 +77,7 @@ class DecodeConfig(Section):
     max_step_tokens: int = Field(
         512,
         ge=16,
-        description="tokens computed in one step, when a decode node has to compute prompts itself because no prefill node is left",
+        description="prompt tokens computed in one step, when a decode node has to compute prompts itself because no prefill node is left",
     )
     threads: int = Field(0, ge=0, description="compute threads per rank; 0: the cores of the host divided among its ranks")
 
@@ -258,7 +262,9 @@ def _read(path: str | Path) -> dict[str, object]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that there never was
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, not a {type(content).__name__}")
@@ -277,11 +283,17 @@ def _set(content: dict[str, object], names: list[str], value: object) -> None:
 
 def _explain(error: ValidationError, source: str) -> str:
     lines = [f"{source} cannot be used:"]
-    for item in error.errors():
+    wrong = error.errors(include_url=False)
+    for item in wrong[:_MAX_EXPLAINED]:
         name = ".".join(str(part) for part in item["loc"]) or "configuration"
-        hint = _nearest(item["loc"]) if item["type"] == "extra_forbidden" else f"{item['msg']} (given: {item['input']!r})"
-        lines.append(f"  {name}: {hint}" if item["loc"] else f"  {item['msg']}")
-    return "\n".join(lines)
+        hint = _nearest(item["loc"]) if item["type"] == "extra_forbidden" else f"{item['msg']} (given: {_shown(item['input'])})"
+        lines.append(f"  {name[:_MAX_NAME_CHARS]}: {hint}" if item["loc"] else f"  {item['msg']}")
+    return "\n".join([*lines, *([f"  and {len(wrong) - _MAX_EXPLAINED} more"] if len(wrong) > _MAX_EXPLAINED else [])])
+
+
+def _shown(value: object) -> str:
+    """A value for a message; YAML can make a few lines stand for more than there is room for."""
+    return reprlib.repr(value)
 
 
 def _nearest(where: tuple[int | str, ...]) -> str:

@@ -1,11 +1,20 @@
-"""gRPC channels, servers and errors, the same for every service. Knows no service by name and decides nothing."""
+"""gRPC channels, servers and errors, the same for every service. Knows no service by name.
+
+Every server of ours has a `Door` before its methods: bytes that are no message, and errors that a method raises, end a call with a
+status and an ErrorDetail, and what is turned away is counted.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NoReturn, cast
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
@@ -25,11 +34,17 @@ from baton.errors import (
     Unauthenticated,
     Unavailable,
 )
+from baton.telemetry import Refusals
 from baton.v1.inference_pb2 import ErrorDetail
 from baton.wire import error_from_message, error_to_message
 
+log = logging.getLogger(__name__)
+
 ERROR_TRAILER = "baton-error-bin"
 MAX_MESSAGE_BYTES = 64 * 2**20
+MAX_CONNECTIONS = 4096  # to one server; gRPC closes what comes beyond
+MAX_CALLS = 8192  # at a time on one server
+HANDSHAKE_MS = 10_000  # a connection that has not spoken HTTP/2 by then is closed
 _KEEPALIVE = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -67,19 +82,27 @@ def open_sync_channel(address: str) -> grpc.Channel:
     return grpc.insecure_channel(address, options=_CLIENT_OPTIONS)
 
 
-def make_server(max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Server:
+def make_server(
+    max_message_bytes: int = MAX_MESSAGE_BYTES, door: Door | None = None, *, max_connections: int = MAX_CONNECTIONS, idle_s: float = 0.0
+) -> grpc.aio.Server:
     """A server for the running event loop, without services and not yet bound.
 
-    A message over max_message_bytes is refused by gRPC itself, with RESOURCE_EXHAUSTED and no ErrorDetail: no handler sees it.
+    A message over max_message_bytes is refused by gRPC itself, with RESOURCE_EXHAUSTED and no ErrorDetail: no method sees it.
+    door: default one that logs. idle_s: a connection without a call for so long is closed (its client connects anew when it has one).
     """
     return grpc.aio.server(
+        interceptors=(door or Door(Refusals("grpc", log)),),
         options=(
             *_KEEPALIVE,
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),
-        )
+            ("grpc.max_allowed_incoming_connections", max_connections),
+            ("grpc.max_concurrent_streams", MAX_CALLS),  # on one connection
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+            *([("grpc.max_connection_idle_ms", int(1000 * idle_s))] if idle_s else []),
+        ),
     )
 
 
@@ -125,6 +148,109 @@ class Health:
             await self._servicer.set(service, status)
 
 
+Behaviour = Callable[[Any, Any], Awaitable[Any]]
+Handler = Any  # grpc.RpcMethodHandler, which only type stubs know the parameters of
+_OURS = "/baton."
+_REFUSALS = frozenset({"INVALID_ARGUMENT", "UNAUTHENTICATED", "NOT_FOUND", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION"})
+_MAKE: dict[tuple[bool, bool], Callable[..., Handler]] = {  # by whether requests and responses are streams
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
+
+
+class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Stands before every method of baton.v1 on one server. State owner: the server's loop.
+
+    max_calls: more at a time are refused with ResourceExhausted, but for the services in `always` (health is never counted), which
+    stay reachable when the rest is full. A call counts from its start to its end, whatever ends it.
+    """
+
+    def __init__(self, refusals: Refusals, *, max_calls: int = MAX_CALLS, always: Sequence[str] = ()) -> None:
+        self.num_calls = 0
+        self._refusals = refusals
+        self._max_calls = max_calls
+        self._always = tuple(f"/{service}/" for service in always)
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler:
+        """The method's own handler, behind this door. Unknown methods have none, and gRPC says so."""
+        handler: Handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(_OURS):
+            return handler
+        return self._guarded(handler, counted=not handler_call_details.method.startswith(self._always))
+
+    def _guarded(self, handler: Handler, counted: bool) -> Handler:
+        behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        assert inspect.iscoroutinefunction(behaviour), "methods write their responses; generators would end when they are collected"
+
+        async def behind_the_door(request: Any, context: Any) -> Any:
+            try:
+                if isinstance(request, _Malformed):
+                    raise request.error
+                with self._call(counted):
+                    return await behaviour(request, context)
+            except BatonError as error:
+                self._count(error.status, error.cause, error.message)
+                await abort(context, error)
+            except grpc.aio.AbortError:
+                detail = _detail_in(context.trailing_metadata()) or ErrorDetail(cause="refused")
+                self._count(context.code().name, detail.cause, context.details())
+                raise
+
+        make = _MAKE[handler.request_streaming, handler.response_streaming]
+        return make(behind_the_door, _decoder(handler), handler.response_serializer)
+
+    @contextmanager
+    def _call(self, counted: bool) -> Iterator[None]:
+        if counted and self.num_calls >= self._max_calls:
+            raise ResourceExhausted(
+                f"{self.num_calls} calls are under way here, at most {self._max_calls} may be", cause="calls", retry_after_s=1.0
+            )
+        self.num_calls += counted
+        try:
+            yield
+        finally:
+            self.num_calls -= counted
+
+    def _count(self, status: str, cause: str, detail: str) -> None:
+        if status in _REFUSALS:
+            self._refusals.add(cause, detail)
+
+
+@dataclass(frozen=True, slots=True)
+class _Malformed:
+    """What came in the place of a request. A stream's iterator raises instead: its method is under way already."""
+
+    error: InvalidRequest
+
+
+def _decoder(handler: Handler) -> Callable[[bytes], Any]:
+    decode: Any = handler.request_deserializer
+
+    def decoded(raw: bytes) -> Any:
+        try:
+            return decode(raw)
+        except DecodeError as error:
+            refused = InvalidRequest(f"{len(raw)} bytes that are not the message expected here: {error}", cause="malformed")
+            if handler.request_streaming:
+                raise refused from error
+            return _Malformed(refused)
+
+    return decoded
+
+
+def _detail_in(trailers: object) -> ErrorDetail | None:
+    """The ErrorDetail that `abort` has sent; None if there is none that can be read."""
+    found = dict(cast("Iterable[tuple[str, bytes]]", trailers or ())).get(ERROR_TRAILER)
+    try:
+        return None if found is None else ErrorDetail.FromString(found)
+    except DecodeError:
+        return None
+
+
 async def abort(context: grpc.aio.ServicerContext, error: BatonError) -> NoReturn:  # type: ignore[type-arg]
     """End a call with the error's status; its facts travel as an ErrorDetail in the trailing metadata.
 
@@ -147,10 +273,10 @@ def to_error(error: grpc.RpcError, *, stage: str = "", node: str = "") -> BatonE
     """The error a failed call stands for: what the peer said in the trailer, else what the status says."""
     if not isinstance(error, (grpc.aio.AioRpcError, grpc.Call)):
         return InternalError(str(error), stage=stage, node=node)
-    trailer = dict(cast("Iterable[tuple[str, bytes]]", error.trailing_metadata() or ())).get(ERROR_TRAILER)
-    if trailer is not None:
-        return error_from_message(ErrorDetail.FromString(trailer), _BY_STATUS.get(error.code(), InternalError))
     kind = _BY_STATUS.get(error.code(), InternalError)
+    detail = _detail_in(error.trailing_metadata())
+    if detail is not None:
+        return error_from_message(detail, kind)
     if node and error.code() in _BROKEN:
         kind = NodeLost
     if kind is ResourceExhausted:

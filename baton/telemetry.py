@@ -9,7 +9,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -24,6 +25,9 @@ TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
 E2E_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 PULL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
+AWAY_BUCKETS_S = (1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1800.0)
+MAX_WORDS = 100  # different values of one label: causes come from peers, too, and every one costs memory for ever
+OTHER = "other"
 
 
 class LineFormatter(logging.Formatter):
@@ -51,6 +55,30 @@ def configure_logging(level: str = "info", stream: TextIO | None = None) -> None
 def fields(**facts: object) -> dict[str, dict[str, object]]:
     """Facts for a log line: `log.info("finished", extra=fields(request=request_id, ttft_s=0.012))`."""
     return {"baton_fields": facts}
+
+
+class Refusals:
+    """What one door of this process has turned away, by reason. Owner: the thread that serves the door.
+
+    The first of a reason is logged, then the second, fourth, eighth …: who is refused again and again fills no log.
+    reason: a stable word. told: hears every reason, say to count it for /metrics.
+    """
+
+    def __init__(self, door: str, log: logging.Logger, told: Callable[[str], None] | None = None) -> None:
+        self.counts: Tally[str] = Tally()
+        self._door = door
+        self._log = log
+        self._told = told
+
+    def add(self, reason: str, detail: object = "") -> None:
+        """Something was refused. detail: for people, the peer's words at most as they are logged."""
+        reason = _known_word(reason, self.counts)
+        self.counts[reason] += 1
+        count = self.counts[reason]
+        if count & (count - 1) == 0:
+            self._log.warning("refused", extra=fields(door=self._door, reason=reason, count=count, detail=str(detail)[:500]))
+        if self._told is not None:
+            self._told(reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +117,10 @@ class RouterMetrics:
         self._cached_tokens = Counter("baton_cached_prompt_tokens", "Prompt tokens found in prefix trees", registry=self._registry)
         self._generation_tokens = Counter("baton_generation_tokens", "Tokens generated for finished requests", registry=self._registry)
         self._retries = Counter("baton_retries", "Sequences dispatched again, by cause", ["cause"], registry=self._registry)
+        self._refused = Counter("baton_refused", "What a door has turned away, by reason", ["door", "reason"], registry=self._registry)
+        self._deaths = Counter("baton_node_deaths", "Nodes that were given up as dead", ["node"], registry=self._registry)
+        self._away_s = self._histogram("baton_node_away_seconds", "From a node's death to its return", AWAY_BUCKETS_S, ("node",))
+        self._words: dict[str, dict[str, None]] = {"outcome": {}, "cause": {}, "node": {}}
         self._running = self._gauge("baton_requests_running", "Requests admitted and not ended")
         self._queued = self._gauge("baton_requests_queued", "Requests that wait for admission")
         self._ttft = self._histogram("baton_time_to_first_token_seconds", "From receipt to the first token", TTFT_BUCKETS_S)
@@ -117,11 +149,32 @@ class RouterMetrics:
 
     def retry(self, cause: str) -> None:
         """A sequence is dispatched again, for a cause word of baton/errors.py."""
-        self._retries.labels(cause).inc()
+        self._retries.labels(self._word("cause", cause)).inc()
+
+    def retries(self) -> dict[str, int]:
+        """Sequences dispatched again so far, by cause."""
+        samples = (sample for metric in self._retries.collect() for sample in metric.samples)
+        return {sample.labels["cause"]: int(sample.value) for sample in samples if sample.name.endswith("_total")}
+
+    def refused(self, door: str, reason: str) -> None:
+        """A door of the router (http, grpc or control) has turned something away."""
+        self._refused.labels(door, reason).inc()
+
+    def refusals(self, door: str, log: logging.Logger) -> Refusals:
+        """The book of one door, which is kept here as well."""
+        return Refusals(door, log, lambda reason: self.refused(door, reason))
+
+    def node_dead(self, node: str) -> None:
+        """A node was given up as dead."""
+        self._deaths.labels(self._word("node", node)).inc()
+
+    def node_back(self, node: str, seconds: float) -> None:
+        """A node serves again, `seconds` after it was given up."""
+        self._away_s.labels(self._word("node", node)).observe(seconds)
 
     def finished(self, outcome: str, seconds: float, usage: Usage) -> None:
         """A request ended. outcome: a finish reason, or the cause word of its error."""
-        self._requests.labels(outcome).inc()
+        self._requests.labels(self._word("outcome", outcome)).inc()
         self._e2e.observe(seconds)
         self._prompt_tokens.inc(usage.prompt_tokens)
         self._cached_tokens.inc(usage.cached_tokens)
@@ -148,6 +201,12 @@ class RouterMetrics:
     def render(self) -> bytes:
         """All metrics in Prometheus' text format; see CONTENT_TYPE."""
         return generate_latest(self._registry)
+
+    def _word(self, label: str, word: str) -> str:
+        known = self._words[label]
+        word = _known_word(word, known)
+        known[word] = None
+        return word
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(name, text, registry=self._registry)
@@ -179,6 +238,11 @@ class _GroupCollector:
             steps.add_metric(key, now.steps)
             step_s.add_metric(key, now.steps, now.step_s)
         yield from (waiting, running, leases, pulls, blocks, steps, step_s)
+
+
+def _known_word(word: str, known: Mapping[str, object]) -> str:
+    """The word, unless it is a new one and there are MAX_WORDS already."""
+    return word if word in known or len(known) < MAX_WORDS else OTHER
 
 
 def _states(blocks: BlockCounts) -> tuple[tuple[str, int], ...]:

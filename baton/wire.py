@@ -1,13 +1,27 @@
-"""Messages of baton.v1 <-> our types: the only file that knows both. Pure conversion; ValueError-free: bad values raise InvalidRequest."""
+"""Messages of baton.v1 <-> our types: the only file that knows both. Pure conversion.
+
+What a peer says is checked here as far as it can be without knowing the model: values that would break whoever works with them raise
+InvalidRequest. The limits are those of our types (ids are int32 on a device), not policy: that is router/admission.py's.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 
 from baton import request as types
 from baton.errors import BatonError, InvalidRequest
 from baton.v1 import inference_pb2, node_pb2
 
+ID_LIMIT = 2**31  # token ids and counts of tokens are below it
+MAX_REQUEST_ID_CHARS = 1024
+MAX_STOP_IDS = 4096
+MAX_NUM_LOGPROBS = 64
+MAX_TIME_LEFT_S = 1e9
+_MAX_MESSAGE_CHARS, _MAX_NAME_CHARS = 4096, 256
+_MAX_RETRY_AFTER_S = 3600.0
+_CAUSE = re.compile(r"[a-z0-9_]{1,64}")
 _FINISH_TO_MESSAGE = {
     None: inference_pb2.FINISH_REASON_UNSPECIFIED,
     types.FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -29,14 +43,15 @@ def error_to_message(error: BatonError) -> inference_pb2.ErrorDetail:
 
 
 def error_from_message(message: inference_pb2.ErrorDetail, kind: type[BatonError]) -> BatonError:
-    """The error of class `kind` with the facts in `message`."""
+    """The error of class `kind` with the facts in `message`, cut to what logs, metrics and headers can carry."""
+    later_s = message.retry_after_s if message.HasField("retry_after_s") else math.nan
     return kind(
-        message.message,
-        stage=message.stage,
-        node=message.node,
-        cause=message.cause,
+        message.message[:_MAX_MESSAGE_CHARS],
+        stage=message.stage[:_MAX_NAME_CHARS],
+        node=message.node[:_MAX_NAME_CHARS],
+        cause=message.cause if _CAUSE.fullmatch(message.cause) else "",
         retryable=message.retryable,
-        retry_after_s=message.retry_after_s if message.HasField("retry_after_s") else None,
+        retry_after_s=later_s if 0 <= later_s <= _MAX_RETRY_AFTER_S else None,
     )
 
 
@@ -47,7 +62,10 @@ def logprob_to_message(logprob: types.TokenLogprob) -> inference_pb2.TokenLogpro
 
 
 def logprob_from_message(message: inference_pb2.TokenLogprob) -> types.TokenLogprob:
-    """The inverse of logprob_to_message."""
+    """The inverse of logprob_to_message; InvalidRequest for what is no log-probability (-inf is one)."""
+    for value in (message.logprob, *(top.logprob for top in message.top)):
+        if not value < math.inf:
+            raise InvalidRequest(f"the log-probability of token {message.token_id} is {value}", cause="malformed")
     return types.TokenLogprob(message.token_id, message.logprob, tuple((top.token_id, top.logprob) for top in message.top))
 
 
@@ -76,9 +94,8 @@ def sequence_to_message(sequence: types.SequenceRequest, time_left_s: float) -> 
 
 
 def sequence_from_message(message: node_pb2.SequenceRequest) -> types.SequenceRequest:
-    """The inverse of sequence_to_message; InvalidRequest for an empty prompt."""
-    if not message.prompt_ids:
-        raise InvalidRequest(f"sequence {message.request_id} has no prompt tokens", cause="empty_prompt")
+    """The inverse of sequence_to_message; InvalidRequest, saying which, for values that no sequence can have."""
+    _check_sequence(message)
     return types.SequenceRequest(
         request_id=message.request_id,
         attempt=message.attempt,
@@ -86,6 +103,37 @@ def sequence_from_message(message: node_pb2.SequenceRequest) -> types.SequenceRe
         sampling=_sampling_from_message(message.sampling),
         emitted_ids=tuple(message.emitted_ids),
     )
+
+
+def _check_sequence(message: node_pb2.SequenceRequest) -> None:
+    sampling, emitted = message.sampling, len(message.emitted_ids)
+    if not message.prompt_ids:
+        raise InvalidRequest(f"sequence {message.request_id[:_MAX_NAME_CHARS]} has no prompt tokens", cause="empty_prompt")
+    _refuse_unless(0 < len(message.request_id) <= MAX_REQUEST_ID_CHARS, "request_id", f"has {len(message.request_id)} characters")
+    _refuse_unless(0 <= message.time_left_s <= MAX_TIME_LEFT_S, "time_left_s", f"is {message.time_left_s}")
+    _refuse_unless(max(message.prompt_ids) < ID_LIMIT, "prompt_ids", f"holds {max(message.prompt_ids)}")
+    _refuse_unless(max(message.emitted_ids, default=0) < ID_LIMIT, "emitted_ids", f"holds {max(message.emitted_ids, default=0)}")
+    _refuse_unless(0 < sampling.max_tokens < ID_LIMIT, "max_tokens", f"is {sampling.max_tokens}")
+    _refuse_unless(emitted < sampling.max_tokens, "emitted_ids", f"are {emitted} of at most {sampling.max_tokens}")
+    _check_sampling(sampling)
+
+
+def _check_sampling(sampling: node_pb2.ResolvedSampling) -> None:
+    _refuse_unless(sampling.min_tokens <= sampling.max_tokens, "min_tokens", f"is {sampling.min_tokens}")
+    _refuse_unless(0 <= sampling.temperature < math.inf, "temperature", f"is {sampling.temperature}")
+    _refuse_unless(sampling.top_k < ID_LIMIT, "top_k", f"is {sampling.top_k}")
+    _refuse_unless(0 <= sampling.top_p <= 1, "top_p", f"is {sampling.top_p}")
+    _refuse_unless(0 <= sampling.min_p <= 1, "min_p", f"is {sampling.min_p}")
+    _refuse_unless(sampling.num_logprobs <= MAX_NUM_LOGPROBS, "num_logprobs", f"is {sampling.num_logprobs}")
+    _refuse_unless(len(sampling.stop_token_ids) <= MAX_STOP_IDS, "stop_token_ids", f"are {len(sampling.stop_token_ids)}")
+    highest = max(sampling.stop_token_ids, default=0)
+    _refuse_unless(highest < ID_LIMIT, "stop_token_ids", f"holds {highest}")
+
+
+def _refuse_unless(good: bool, field: str, fact: str) -> None:
+    """NaN is never good: every comparison with it is false."""
+    if not good:
+        raise InvalidRequest(f"no sequence can be run whose {field} {fact}", cause="malformed", param=field)
 
 
 def _sampling_to_message(sampling: types.Sampling) -> node_pb2.ResolvedSampling:
@@ -130,7 +178,9 @@ def token_event_to_message(event: types.TokenEvent) -> node_pb2.TokenEvent:
 
 
 def token_event_from_message(message: node_pb2.TokenEvent) -> types.TokenEvent:
-    """The inverse of token_event_to_message."""
+    """The inverse of token_event_to_message; InvalidRequest for values that no event can have."""
+    if message.token_ids and max(message.token_ids) >= ID_LIMIT:
+        raise InvalidRequest(f"a token event holds id {max(message.token_ids)}", cause="malformed")
     return types.TokenEvent(
         request_id=message.request_id,
         attempt=message.attempt,

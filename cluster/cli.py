@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands, shared)
     _add_deployment(commands, shared)
+    _add_upkeep(commands, shared)
     _add_talk(commands, shared)
     fingerprint = commands.add_parser("fingerprint", parents=[shared], help="print the number by which nodes compare their checkpoints")
     fingerprint.add_argument("model", metavar="MODEL", help="checkpoint directory as transformers saves it")
@@ -113,7 +114,26 @@ def _add_deployment(commands: Any, shared: argparse.ArgumentParser) -> None:
     status.add_argument("--address", metavar="HOST:PORT", help="gRPC address of a running cluster; asks it instead of Ray")
     status.add_argument("--api-key", metavar="KEY", help="key to present")
     status.set_defaults(run=_status)
-    commands.add_parser("down", parents=[ray], help="take down a cluster on an existing Ray cluster").set_defaults(run=_down)
+    down = commands.add_parser("down", parents=[ray], help="take down a cluster on an existing Ray cluster, and prove that nothing is left")
+    down.set_defaults(run=_down)
+
+
+def _add_upkeep(commands: Any, shared: argparse.ArgumentParser) -> None:
+    admin = argparse.ArgumentParser(add_help=False, parents=[shared])
+    admin.add_argument("--address", default=_GRPC_ADDRESS, metavar="HOST:PORT", help=f"gRPC address of a cluster (default {_GRPC_ADDRESS})")
+    admin.add_argument("--api-key", metavar="KEY", help="key to present")
+    drain = commands.add_parser("drain", parents=[admin], help="take a node out of service: its work ends or goes on elsewhere")
+    drain.add_argument("node", metavar="NODE", help="say, decode-0")
+    drain.add_argument("--timeout-s", type=float, default=60.0, metavar="S", help="seconds its work gets to end by itself (default 60)")
+    drain.add_argument("--keep", action="store_true", help="leave its processes; otherwise they end, and their slots are given back")
+    drain.set_defaults(run=_drain)
+    restore = commands.add_parser("restore", parents=[admin], help="take a drained node back, building it anew if its processes ended")
+    restore.add_argument("node", metavar="NODE", help="say, decode-0")
+    restore.add_argument("--timeout-s", type=float, default=300.0, metavar="S", help="seconds to wait until it serves (default 300)")
+    restore.set_defaults(run=_restore)
+    flush = commands.add_parser("flush-cache", parents=[admin], help="forget cached prefixes that no sequence uses, on a running cluster")
+    flush.add_argument("node", nargs="?", default="", help="say, prefill-0; default: all nodes")
+    flush.set_defaults(run=_flush_cache)
 
 
 def _add_talk(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -130,11 +150,6 @@ def _add_talk(commands: Any, shared: argparse.ArgumentParser) -> None:
     generate = commands.add_parser("generate", parents=[client], help="continue a text over gRPC, streaming to standard output")
     generate.add_argument("prompt", help="text to continue; - reads standard input")
     generate.set_defaults(run=_generate)
-    flush = commands.add_parser("flush-cache", parents=[shared], help="forget cached prefixes that no sequence uses, on a running cluster")
-    flush.add_argument("node", nargs="?", default="", help="say, prefill-0; default: all nodes")
-    flush.add_argument("--address", default=_GRPC_ADDRESS, metavar="HOST:PORT", help=f"gRPC address (default {_GRPC_ADDRESS})")
-    flush.add_argument("--api-key", metavar="KEY", help="key to present")
-    flush.set_defaults(run=_flush_cache)
     chat = commands.add_parser("chat", parents=[client], help="chat with a running cluster over gRPC")
     chat.add_argument("--system", metavar="TEXT", help="system message")
     chat.set_defaults(run=_chat)
@@ -166,6 +181,18 @@ def _down(arguments: argparse.Namespace) -> int:
     from cluster.deploy import down
 
     return down(vars(arguments)["ray.address"], arguments.name)
+
+
+def _drain(arguments: argparse.Namespace) -> int:
+    from cluster.drain import drain
+
+    return drain(arguments.address, arguments.api_key, arguments.node, arguments.timeout_s, keep=arguments.keep)
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    from cluster.drain import restore
+
+    return restore(arguments.address, arguments.api_key, arguments.node, arguments.timeout_s)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

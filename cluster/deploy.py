@@ -1,7 +1,7 @@
 """`baton up`, `status` and `down`: clusters that live on an existing Ray cluster and outlive the command that started them.
 
-Everything about them is found through Ray: each is a namespace with named detached actors and placement groups.
-Knows: Ray's names. Does not know: how a cluster is launched.
+Everything about them is found through Ray: each is a namespace with named detached actors and placement groups; one of the actors is
+the supervisor, which launches the others and builds again what breaks. Knows: what people are told. Does not know: how it is done.
 """
 
 from __future__ import annotations
@@ -9,70 +9,70 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from baton.config import BatonConfig
-from baton.errors import ConfigError, NotFound
+from baton.deadline import Deadline
+from baton.errors import ConfigError, NodeLost, NotFound
+from cluster.display import LaunchDisplay
 from cluster.local import connect, connect_environment
 from cluster.machine import check_before_connecting
-from cluster.plan import FRONT
+from cluster.messages import EVENT, ClusterInfo, Failed, Progress, Ready, Stage
+from cluster.plan import FRONT, SUPERVISOR
 from cluster.serve import first_signal_interrupts, ready_line, warn_unapplied
 
+if TYPE_CHECKING:
+    from cluster.supervisor import Kept
+    from ranks.facts import RankCounts
+
 _NAMESPACE = "baton-"
+_POLL_S = 5.0
+_ANSWER_S = 5.0
+_RETRY_S = 0.5
 
 
 def up(config: BatonConfig, name: str, *, show_logs: bool = False) -> int:
-    """Launch a detached cluster; prints one line with its addresses.
+    """Launch a detached cluster, with a supervisor that keeps it; prints one line with its addresses.
 
-    Raises ConfigError for what cannot work, before Ray is asked, and if `name` is taken, else as Cluster.up does.
+    Raises ConfigError for what cannot work, before Ray is asked, and if `name` is taken, else as Cluster.up does. What ends this
+    command before the cluster is up ends the cluster, too.
     """
     config = check_before_connecting(config)
     with first_signal_interrupts(), _connected(config.ray.address, name, show_logs=show_logs):
-        if _actor_names(name) or _groups():
+        from cluster import census
+
+        if census.actor_names(name) or census.groups():
             raise ConfigError(
                 f"a cluster named {name!r} is already up; take it down with `baton down --name {name}`, or choose another name"
             )
         warn_unapplied(config, Console(stderr=True))
-        print(ready_line(asyncio.run(_launch(config))), flush=True)
+        print(ready_line(asyncio.run(_launch(config, name))), flush=True)
     return 0
 
 
 def status(address: str | None, name: str) -> int:
-    """Print groups, pairs and what every rank holds. Raises NotFound if there is no such cluster."""
+    """Print what router and supervisor say, and what every rank holds. Raises NotFound if there is no such cluster."""
     with _connected(address, name):
-        names = _existing(name)
-        router = asyncio.run(_ask_router()) if FRONT in names else {"summary": _without_router(name)}
-        print_report(router, asyncio.run(_ask_ranks(names)))
+        asyncio.run(_report(name))
     return 0
 
 
 def down(address: str | None, name: str) -> int:
-    """Stop every actor of a cluster and give its slots back. Raises NotFound if there is no such cluster."""
+    """Stop every process of a cluster, give its slots back, and prove it: 0, or 1 with a list of what is left.
+
+    Raises NotFound if there is no such cluster.
+    """
     with _connected(address, name):
-        names = _existing(name)
-        asyncio.run(_end(names))
-        print(f"{name} is down: {len(names)} processes ended")
-    return 0
+        from cluster.takedown import take_down
 
-
-def _without_router(name: str) -> str:
-    return f"the router of {name!r} is gone, so nothing is served; these ranks still run. Take them down: baton down --name {name}"
-
-
-def print_report(router: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
-    """The router's view and the ranks', as tables."""
-    console = Console()
-    console.print(router.get("summary", ""), highlight=False, markup=False)
-    table = Table("rank", "pid", "free + cached + held + quarantined", "leases", "pulls", "steps", box=None, pad_edge=False)
-    for rank in ranks:
-        blocks = f"{rank['free']} + {rank['cached']} + {rank['held']} + {rank['quarantined']} = {rank['total']}"
-        counted = [blocks if rank["leader"] else "as its leader says", *(str(rank[key]) for key in ("open_leases", "open_pulls", "steps"))]
-        table.add_row(f"{rank['node']}/{rank['rank']}", str(rank["pid"]), *counted)
-    console.print(table)
+        _existing(name)
+        done = asyncio.run(take_down(name))
+        print(done.said(name))
+    return 0 if done.complete else 1
 
 
 @contextlib.contextmanager
@@ -99,74 +99,117 @@ def _address_from(environment: Mapping[str, str]) -> str:
     return address
 
 
-async def _launch(config: BatonConfig) -> Any:
-    from cluster.display import LaunchDisplay
-    from cluster.launch import launch
+async def _launch(config: BatonConfig, name: str) -> ClusterInfo:
+    from cluster.takedown import take_down
 
     with LaunchDisplay(Console(stderr=True)) as display:
-        cluster = await launch(config, display, detached=True)
-    return cluster.info()
+        supervisor = _make_supervisor(config)
+        try:
+            return await _follow(supervisor, display, Deadline.after(2 * config.ray.ready_s))
+        except BaseException:  # Ctrl-C included: a cluster that is not up is of no use to anyone
+            await take_down(name)
+            raise
 
 
-def _named_actors() -> list[dict[str, str]]:
+def _make_supervisor(config: BatonConfig) -> Any:
+    """Beside this command, where the addresses in the configuration are meant; Ray starts it again, elsewhere if need be."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    listed: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
-    return listed
+    from cluster.hosts import own_host_id
+    from cluster.supervisor import Supervisor
+
+    here = NodeAffinitySchedulingStrategy(own_host_id(), soft=True)
+    lasting = {"name": SUPERVISOR, "lifetime": "detached", "max_restarts": -1, "max_task_retries": 0}
+    made: Any = ray.remote(Supervisor)
+    return made.options(**lasting, num_cpus=0, scheduling_strategy=here).remote(config, own_host_id())
 
 
-def _actor_names(name: str) -> list[str]:
-    """Live named actors of one cluster."""
-    return sorted(actor["name"] for actor in _named_actors() if actor["namespace"] == _NAMESPACE + name)
+async def _follow(supervisor: Any, display: LaunchDisplay, deadline: Deadline) -> ClusterInfo:
+    """Show how the launch goes; what is up in the end. Raises what it failed with. A supervisor that is started again is waited for."""
+    from ray.exceptions import ActorUnavailableError, RayActorError
 
-
-def _groups() -> list[Any]:
-    """Placement groups of the connected cluster: also those whose actors never came to be."""
-    from ray.util.placement_group import get_placement_group, placement_group_table
-
-    found = []
-    for entry in placement_group_table().values():
-        if entry["state"] != "REMOVED" and entry["name"]:
-            with contextlib.suppress(ValueError):  # another cluster's: names are looked up within the namespace
-                found.append(get_placement_group(entry["name"]))
-    return found
+    after = 0
+    while not deadline.passed():
+        try:
+            heard = await supervisor.said.remote(after, _POLL_S)
+        except ActorUnavailableError:
+            after = 0
+            await asyncio.sleep(_RETRY_S)
+            continue
+        except RayActorError as error:
+            raise NodeLost("the cluster was taken down while it was launched", stage="launch", node=SUPERVISOR) from error
+        for number, line in heard:
+            after = number
+            event = EVENT.validate_json(line)
+            if isinstance(event, Ready):
+                return event.info
+            if isinstance(event, Failed):
+                raise event.error.error()
+            if isinstance(event, Stage | Progress):
+                display(event)
+    raise NodeLost("the supervisor says nothing", stage="launch", node=SUPERVISOR)
 
 
 def _existing(name: str) -> list[str]:
-    names = _actor_names(name)
-    if names or _groups():
+    """The live actors of a cluster. NotFound if there is nothing of it."""
+    from cluster import census
+
+    names = census.actor_names(name)
+    if names or census.groups():
         return names
-    namespaces = {actor["namespace"] for actor in _named_actors() if actor["namespace"].startswith(_NAMESPACE)}
-    known = ", ".join(sorted(namespace.removeprefix(_NAMESPACE) for namespace in namespaces))
+    known = ", ".join(census.clusters())
     raise NotFound(f"no cluster named {name!r} is up on this Ray cluster" + (f"; there are: {known}" if known else ""))
 
 
-async def _ask_router() -> dict[str, Any]:
-    from cluster.calls import result
-
-    answer: dict[str, Any] = await result(FRONT, "report", _actor(FRONT).status.remote())
-    return answer
-
-
-async def _ask_ranks(names: list[str]) -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
-    from cluster.calls import first_failure, result
-
-    counts = await first_failure([result(name, "count", _actor(name).counts.remote()) for name in names if name != FRONT])
-    return [asdict(item) for item in counts]
+async def _report(name: str) -> None:
+    names = _existing(name)
+    kept, router = await asyncio.gather(_ask(SUPERVISOR, lambda actor: actor.describe), _ask(FRONT, lambda actor: actor.status))
+    ranks = [rank for rank in names if rank not in (FRONT, SUPERVISOR)]
+    counts = await asyncio.gather(*(_ask(rank, lambda actor: actor.counts) for rank in ranks))
+    console = Console()
+    console.print(
+        (router or {}).get("summary", "the router does not answer: nothing is served now"), highlight=False, markup=False, soft_wrap=True
+    )
+    _print_nodes(console, kept)
+    _print_ranks(console, dict(zip(ranks, counts, strict=True)))
 
 
-async def _end(names: list[str]) -> None:
-    from cluster.calls import end_actor
-    from cluster.placement import release_all
+async def _ask(name: str, method: Callable[[Any], Any]) -> Any:
+    """What an actor answers; None if there is none, or if it is dead or does not answer."""
+    from ray.exceptions import RayActorError, RayTaskError
 
-    for first in (True, False):  # the router first: it ends the requests
-        await asyncio.gather(*(end_actor(_actor(name)) for name in names if (name == FRONT) is first))
-    release_all(_groups())
+    from cluster import census
+
+    if (actor := census.actor(name)) is None:
+        return None
+    try:
+        async with asyncio.timeout(_ANSWER_S):
+            return await method(actor).remote()
+    except (RayActorError, RayTaskError, TimeoutError):
+        return None
 
 
-def _actor(name: str) -> Any:
-    import ray
+def _print_nodes(console: Console, kept: Kept | None) -> None:
+    if kept is None:
+        console.print("the supervisor does not answer: nothing is built again before Ray has started it anew", highlight=False)
+        return
+    console.print(f"kept by the supervisor, pid {kept.process.mark.pid}", highlight=False)
+    if kept.failure:
+        console.print(f"the supervisor has failed: {kept.failure}", highlight=False, markup=False)
+    table = Table("node", "is", "lives", "last lost because", box=None, pad_edge=False)
+    for node in kept.nodes:
+        table.add_row(node.node, node.stage, str(node.lives), node.why)
+    console.print(table, markup=False)
 
-    return ray.get_actor(name)
+
+def _print_ranks(console: Console, ranks: Mapping[str, RankCounts | None]) -> None:
+    table = Table("rank", "pid", "free + cached + held + quarantined", "leases", "pulls", "steps", box=None, pad_edge=False)
+    for name, rank in ranks.items():
+        if rank is None:
+            table.add_row(name, "", "does not answer")
+            continue
+        blocks = f"{rank.free} + {rank.cached} + {rank.held} + {rank.quarantined} = {rank.total}"
+        counted = [blocks if rank.leader else "as its leader says", str(rank.open_leases), str(rank.open_pulls), str(rank.steps)]
+        table.add_row(name, str(rank.pid), *counted)
+    console.print(table)

@@ -24,7 +24,7 @@ from baton.errors import BatonError, InternalError
 from cluster.launch import Cluster
 from cluster.local import connect, last_lines, remove_home, start_private_ray
 from cluster.machine import available_cores
-from cluster.messages import Facts, Failed, Launch, Lost, Question, Ready, Reply, Stage
+from cluster.messages import Ask, Facts, Failed, Launch, Lost, News, Question, Ready, Reply, Stage
 
 MAX_LINE_BYTES = 2**20
 
@@ -84,30 +84,42 @@ class Keeper:
         return True
 
     async def _serve(self, cluster: Cluster, gone: asyncio.Event, questions: asyncio.Queue[Question]) -> None:
-        self.say(Ready(info=cluster.info()))
-        watching = asyncio.create_task(cluster.watch(self._lost))
+        self.say(Ready(info=cluster.processes()))
+        keeping = cluster.keep(self._tell)
+        hanging_up = asyncio.create_task(gone.wait())
         answering = asyncio.create_task(self._answer_all(cluster, questions))
         try:
-            await gone.wait()
+            await asyncio.wait({hanging_up, keeping}, return_when=asyncio.FIRST_COMPLETED)
+            if keeping.done() and not keeping.cancelled():
+                keeping.result()  # a bug of the supervisor: nobody must believe that it still watches
+            await hanging_up
         finally:
             answering.cancel()
-            watching.cancel()
+            hanging_up.cancel()
 
-    def _lost(self, lost: Lost) -> None:
-        self.say(lost.model_copy(update={"log": last_lines(self._home, lost.pid)}))
+    def _tell(self, news: News) -> None:
+        self.say(news.model_copy(update={"log": last_lines(self._home, news.pid)}) if isinstance(news, Lost) else news)
 
     async def _answer_all(self, cluster: Cluster, questions: asyncio.Queue[Question]) -> None:
-        while True:
-            self.say(await _answer(cluster, await questions.get()))
+        async with asyncio.TaskGroup() as group:
+            while True:
+                group.create_task(self._answer(cluster, await questions.get()))
+
+    async def _answer(self, cluster: Cluster, question: Question) -> None:
+        try:
+            self.say(Reply(number=question.number, answer=await _answered(cluster, question.question)))
+        except BatonError as error:
+            self.say(Reply(number=question.number, error=Facts.of(error)))
 
 
-async def _answer(cluster: Cluster, question: Question) -> Reply:
-    try:
-        if question.question == "status":
-            return Reply(number=question.number, answer=await cluster.status())
-        return Reply(number=question.number, answer=[asdict(counts) for counts in await cluster.counts()])
-    except BatonError as error:
-        return Reply(number=question.number, error=Facts.of(error))
+async def _answered(cluster: Cluster, question: Ask) -> object:
+    if question == "status":
+        return await cluster.status()
+    if question == "counts":
+        return [asdict(counts) for counts in await cluster.counts()]
+    if question == "wind_down":
+        await cluster.wind_down()
+    return cluster.processes().model_dump()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import psutil
 
@@ -22,10 +22,10 @@ from baton.config import BatonConfig
 from baton.errors import BatonError, DeadlineExceeded, InternalError, Unavailable
 from cluster.local import connect_environment, environment, import_environment, make_home, remove_home
 from cluster.machine import check_before_connecting, check_before_start
-from cluster.messages import EVENT, ClusterInfo, Event, Failed, Launch, Lost, Progress, Question, Ready, Reply, Stage
+from cluster.messages import EVENT, Ask, ClusterInfo, Event, Failed, Launch, News, Progress, Question, Ready, Reply, Stage
 from ranks.facts import RankCounts
 
-_STOP_S = 45.0
+_STOP_S = 60.0
 _KILL_S = 10.0
 # What outlives the keeper by more than this was orphaned by its sudden death.
 _ORPHANS_S = 3.0
@@ -33,6 +33,8 @@ _ASK_S = 10.0
 # The launch itself has ray.ready_s; this is for starting Ray before, and for taking down after a failure.
 _EXTRA_START_S = 120.0
 _KEEPER_LOG = "keeper.err"
+# News that nobody asks for is kept up to this many; then the oldest goes.
+_MAX_NEWS = 1024
 
 Watch = Callable[[Stage | Progress], None]
 
@@ -51,7 +53,7 @@ class KeptCluster:
         self._home = make_home()
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
-        self._events: queue.Queue[Event | None] = queue.Queue()
+        self._events: queue.Queue[Event | None] = queue.Queue(_MAX_NEWS)
         self._pending: dict[int, Future[Any]] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -103,34 +105,42 @@ class KeptCluster:
             if isinstance(event, Stage | Progress):
                 watch(event)
 
-    def wait_lost(self, timeout_s: float | None = None) -> Lost | None:
-        """The next process of the running cluster that ends by itself; None after `timeout_s`. Raises InternalError if the keeper ended."""
+    def wait_news(self, timeout_s: float | None = None) -> News | None:
+        """What next happens to the running cluster by itself; None after `timeout_s`. Raises InternalError if the keeper ended."""
         with contextlib.suppress(queue.Empty):
             while event := self._events.get(timeout=timeout_s):
-                if isinstance(event, Lost):
+                if isinstance(event, News):
                     return event
-            self._events.put(None)
+            self._put(None)
             raise self._keeper_died()
         return None
 
+    def processes(self) -> ClusterInfo:
+        """The processes of this moment, and where clients connect; `info` says how they were when the cluster was new."""
+        return ClusterInfo.model_validate(self._ask("processes"))
+
     def status(self) -> dict[str, Any]:
-        """What the router says about groups, pairs and requests."""
+        """What the router says about groups, pairs, nodes and requests. Raises NodeLost while it is being started again."""
         answer: dict[str, Any] = self._ask("status")
         return answer
 
     def counts(self) -> list[RankCounts]:
-        """What every rank holds now, in rank order."""
+        """What every living rank holds now, in rank order."""
         return [RankCounts(**facts) for facts in self._ask("counts")]
 
-    def _ask(self, question: Literal["status", "counts"]) -> Any:
+    def wind_down(self) -> None:
+        """Take no more requests; return once those that run are over, or have had router.drain_s seconds. Then call `stop`."""
+        self._ask("wind_down", _ASK_S + self._config.router.drain_s)
+
+    def _ask(self, question: Ask, timeout_s: float = _ASK_S) -> Any:
         number = next(self._numbers)
         future: Future[Any] = Future()
         self._pending[number] = future
         self._send(Question(number=number, question=question).model_dump_json())
         try:
-            return future.result(_ASK_S)
+            return future.result(timeout_s)
         except TimeoutError as error:
-            raise DeadlineExceeded(f"the cluster did not answer {question} within {_ASK_S:g} s", stage="cluster") from error
+            raise DeadlineExceeded(f"the cluster did not answer {question} within {timeout_s:g} s", stage="cluster") from error
         finally:
             self._pending.pop(number, None)
 
@@ -187,11 +197,11 @@ class KeptCluster:
         finally:  # whatever happens, nobody waits for a thread that has ended
             for future in list(self._pending.values()):
                 future.set_exception(InternalError("the cluster ended before it answered", stage="cluster"))
-            self._events.put(None)
+            self._put(None)
 
     def _dispatch(self, event: Event) -> None:
         if not isinstance(event, Reply):
-            self._events.put(event)
+            self._put(event)
             return
         future = self._pending.pop(event.number, None)
         if future is None:
@@ -200,6 +210,15 @@ class KeptCluster:
             future.set_exception(event.error.error())
         else:
             future.set_result(event.answer)
+
+    def _put(self, event: Event | None) -> None:
+        while True:
+            try:
+                self._events.put_nowait(event)
+                return
+            except queue.Full:
+                with contextlib.suppress(queue.Empty):  # somebody has taken it meanwhile
+                    self._events.get_nowait()
 
     def __enter__(self) -> Self:
         return self

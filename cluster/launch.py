@@ -1,70 +1,62 @@
-"""Configuration -> placement -> actors -> loaded -> proven: a running cluster, or a typed error and nothing left.
+"""Configuration -> placement -> actors -> loaded -> proven: a running cluster, or a typed error and nothing left; then it is kept whole.
 
-Knows: Ray actors and the order of a launch. Does not know: which Ray it is connected to, nor who watches the progress.
+Knows the order of a launch, and who is cared for afterwards. Does not know: which Ray it is connected to, nor who watches.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
-from typing import Any
-
-import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from typing import cast
 
 from baton.config import BatonConfig, RankPlan
 from baton.deadline import Deadline
-from baton.errors import BatonError, DeadlineExceeded
-from cluster.actors import Front, Rank
-from cluster.calls import STOP_S, end_actor, first_failure, reason, result
-from cluster.messages import ClusterInfo, Lost, Progress, RankInfo, Stage
-from cluster.placement import Placed, placed, release_all, reserve
+from baton.errors import DeadlineExceeded
+from cluster.calls import first_failure
+from cluster.care import Care, Tell, Ward
+from cluster.door import Door
+from cluster.hosts import Located, living_everywhere, own_host_id
+from cluster.messages import ClusterInfo, News, Progress, Stage
+from cluster.node import Node
 from cluster.plan import FRONT, asks, rank_plans
-from ranks.facts import RankAddress, RankCounts
+from cluster.supervision import NODE_LIFE, NodeEvent, NodeState
+from ranks.facts import RankCounts
+from router.membership import NodeReport
+from router.membership import Stage as Reported
+from router.notices import Notice
 
 log = logging.getLogger(__name__)
 
-_PROGRESS_S = 0.25
 _LAST_WORD_S = 1.0  # before ray.ready_s has passed, the router says why nothing is ready
 
 Say = Callable[[Stage | Progress], None]
 
 
-@dataclass(frozen=True, slots=True)
-class RunningRank:
-    """A rank's plan, its actor, and where it can be reached."""
-
-    plan: RankPlan
-    actor: ActorHandle[Any]
-    address: RankAddress
-
-    @property
-    def name(self) -> str:
-        """ "decode-0/1": what people call this rank."""
-        return rank_name(self.plan)
-
-
 class Cluster:
-    """All actors and placement groups of one cluster. State owner: the loop that launched it; everything ends with `stop`.
+    """All processes and slots of one cluster. State owner: the loop that made it; everything ends with `stop`.
 
     Detached clusters outlive this process: their actors carry names in the Ray namespace of the connection.
+    host_id: Ray's id of the host the router belongs on, where the addresses in the configuration are meant; default: this one.
     """
 
-    def __init__(self, config: BatonConfig, *, detached: bool = False, cores: int | None = None) -> None:
+    def __init__(self, config: BatonConfig, *, detached: bool = False, cores: int | None = None, host_id: str = "") -> None:
         self.config = config
-        self.addresses: dict[str, str] = {}
-        self._detached = detached
-        self._cores = cores
-        self._groups: list[PlacementGroup] = []
-        self._actors: dict[str, ActorHandle[Any]] = {}
-        self._ranks: list[RunningRank] = []
-        self._pids: dict[str, int] = {}
+        self.detached = detached
+        self.cores = cores
+        self.door = Door(
+            config,
+            host_id or own_host_id(),
+            detached=detached,
+            silence_s=2 * config.membership.dead_s,
+            on_notice=self._on_notice,
+        )
+        self.nodes = [Node(ask, partial(self._plans, ask.node), detached=detached, cores=cores) for ask in asks(config)]
+        self.cares = {ward.name: Care(ward, config, self._tell, self._show) for ward in self._wards}
+        self._tell_whom: Tell = _log
+        self._stepped = asyncio.Event()
+        self._keeping: asyncio.Task[None] | None = None
 
     async def up(self, say: Say) -> None:
         """Bring everything up, or raise a BatonError; the caller then calls `stop`.
@@ -89,128 +81,137 @@ class Cluster:
 
     async def _up(self, enter: Callable[[str], None], say: Say, deadline: Deadline) -> None:
         enter("placing")
-        nodes = await self._place()
+        await self._all(self._wards, lambda ward: ward.place(), NodeEvent.PLACED)
         enter("starting")
-        await first_failure([self._start_front(), self._start_ranks(nodes)])
+        await first_failure([self._open_door(), self._all(self.nodes, lambda node: node.start(), NodeEvent.STARTED)])
         enter("loading")
-        await self._load(say)
+        for node in self.nodes:
+            node.follow(say)
+        await self._all(self.nodes, lambda node: node.load(), NodeEvent.READY)
         enter("connecting")
-        await self._connect()
+        await self.door.settle()
         enter("proving")
-        await result(FRONT, "serve", self._actors[FRONT].wait_ready.remote(deadline.left_s()))
+        await self.door.wait_ready(deadline.left_s())
+        for node in self.nodes:
+            node.follow(None)
 
-    async def _place(self) -> list[Placed]:
-        wanted = asks(self.config)
-        self._groups = [reserve(ask, detached=self._detached) for ask in wanted]
-        return await asyncio.gather(*(placed(ask, group, self._cores) for ask, group in zip(wanted, self._groups, strict=True)))
+    async def _all(self, wards: Sequence[Ward], work: Callable[[Ward], Awaitable[None]], event: NodeEvent) -> None:
+        """One stage of them all at once; none is through before all are."""
+        await first_failure([work(ward) for ward in wards])
+        for ward in wards:
+            self.cares[ward.name].step(event)
 
-    async def _start_front(self) -> None:
-        # Beside whoever launched the cluster: the addresses in the configuration are meant there.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = self._create(Front, FRONT, (), {"num_cpus": 0, "scheduling_strategy": here})
-        self._pids[FRONT] = await result(FRONT, "start", actor.pid.remote())
-        self.addresses = await result(FRONT, "start", actor.start.remote(self.config))
+    async def _open_door(self) -> None:
+        await self.door.start()
+        self.cares[FRONT].step(NodeEvent.STARTED)
+        await self.door.load()
+        self.cares[FRONT].step(NodeEvent.READY)
 
-    async def _start_ranks(self, nodes: Sequence[Placed]) -> None:
-        group_of = {node.ask.node: node.group for node in nodes}
-        plans = rank_plans(self.config, [(node.ask, node.host) for node in nodes])
-        self._ranks = await first_failure([self._start_rank(plan, group_of[plan.node]) for plan in plans])
+    def _plans(self, node: str) -> list[RankPlan]:
+        """The plans of a node's ranks, on the hosts that all nodes have now, or had last."""
+        known = [(item.ask, item.placed.host) for item in self.nodes if item.placed is not None]
+        return [plan for plan in rank_plans(self.config, known) if plan.node == node]
 
-    async def _start_rank(self, plan: RankPlan, group: PlacementGroup) -> RunningRank:
-        name = rank_name(plan)
-        actor = self._create_rank(plan, group)
-        self._pids[name] = await result(name, "start", actor.pid.remote())
-        return RunningRank(plan, actor, await result(name, "start", actor.prepare.remote()))
+    def keep(self, tell: Tell) -> asyncio.Task[None]:
+        """Keep what is up, and build again what breaks, telling what happens: until `wind_down` or `stop`. Only a bug ends it earlier."""
+        self._tell_whom = tell
+        self._keeping = asyncio.create_task(self._keep_all(), name="keeping")
+        return self._keeping
 
-    def _create_rank(self, plan: RankPlan, group: PlacementGroup) -> Any:
-        slot = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=plan.rank)
-        options = {"num_cpus": 0, "resources": group.bundle_specs[plan.rank], "scheduling_strategy": slot}
-        return self._create(Rank, rank_name(plan), (plan,), options)
+    async def _keep_all(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for care in self.cares.values():
+                group.create_task(care.keep(), name=f"care of {care.ward.name}")
 
-    def _create(self, kind: type, name: str, arguments: tuple[object, ...], options: dict[str, Any]) -> Any:
-        # A rank that died has lost its KV blocks and its process groups: Ray must not restart it.
-        named = {"name": name, "lifetime": "detached"} if self._detached else {}
-        actor: Any = ray.remote(kind).options(max_restarts=0, max_task_retries=0, **named, **options).remote(*arguments)
-        self._actors[name] = actor
-        return actor
+    async def whole(self) -> None:
+        """Return once the router and every node serve that are not retired. The caller has a deadline, or all the time in the world."""
+        while any(care.state not in (NodeState.SERVING, NodeState.RETIRED) for care in self.cares.values()):
+            self._stepped.clear()
+            await self._stepped.wait()
 
-    async def _load(self, say: Say) -> None:
-        loads = [result(rank.name, "load", rank.actor.load.remote(self._addresses_of(rank.plan.node))) for rank in self._ranks]
-        reports = [asyncio.create_task(_report(rank, say)) for rank in self._ranks]
-        try:
-            await first_failure(loads)
-        finally:
-            for report in reports:
-                report.cancel()
-            await asyncio.gather(*reports, return_exceptions=True)
+    async def _let_go(self) -> None:
+        """Nothing is built again from here on."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.wait([self._keeping])
 
-    def _addresses_of(self, node: str) -> list[RankAddress]:
-        return [rank.address for rank in self._ranks if rank.plan.node == node]
+    @property
+    def _wards(self) -> list[Door | Node]:
+        return [self.door, *self.nodes]
 
-    async def _connect(self) -> None:
-        await first_failure([result(rank.name, "start", rank.actor.start.remote()) for rank in self._ranks])
-        leaders = [rank for rank in self._ranks if rank.plan.tp_rank == 0]
-        add: Any = self._actors[FRONT].add_group
-        await first_failure([result(FRONT, "add a group", add.remote(rank.plan.role, rank.address.control)) for rank in leaders])
+    def processes(self) -> ClusterInfo:
+        """Addresses, and the processes of this moment: they change when nodes are built again."""
+        ranks = tuple(rank.info() for node in self.nodes for rank in node.ranks)
+        return ClusterInfo(model=self.config.name, router_pid=self.door.pid, ranks=ranks, **self.door.addresses)
 
-    def info(self) -> ClusterInfo:
-        """Addresses and processes."""
-        ranks = tuple(rank_info(rank.plan.role, rank.address) for rank in self._ranks)
-        return ClusterInfo(model=self.config.name, router_pid=self._pids[FRONT], ranks=ranks, **self.addresses)
+    def located(self) -> list[Located]:
+        """Every process that may be alive, of earlier lives as well."""
+        return [process for ward in self._wards for process in ward.processes]
 
     def pid_of(self, name: str) -> int | None:
         """The process of a rank or the router, once it runs."""
-        return self._pids.get(name)
+        pids = (ward.pid_of(name) for ward in self._wards)
+        return next((pid for pid in pids if pid is not None), None)
+
+    def reports(self) -> list[NodeReport]:
+        """How every node is."""
+        return [_report(node, self.cares[node.name]) for node in self.nodes]
 
     async def status(self) -> dict[str, object]:
-        """What the router says: groups, pairs, requests."""
-        answer: dict[str, object] = await result(FRONT, "report", self._actors[FRONT].status.remote())
-        return answer
+        """What the router says: groups, pairs, nodes, requests."""
+        return await self.door.status()
 
     async def counts(self) -> list[RankCounts]:
-        """What every rank holds, in rank order. Raises NodeLost if one is dead."""
-        return await first_failure([result(rank.name, "count", rank.actor.counts.remote()) for rank in self._ranks])
+        """What every living rank holds, in rank order."""
+        return [counts for node in await asyncio.gather(*(node.counts() for node in self.nodes)) for counts in node]
 
-    async def watch(self, lost: Callable[[Lost], None]) -> None:
-        """Call `lost` for each process that ends without `stop`, and have the router use its node no more; until cancelled or all ended."""
-        await asyncio.gather(*(self._watch_one(name, actor, lost) for name, actor in self._actors.items()))
+    async def wind_down(self) -> None:
+        """Take no more requests and return once those that run are over, or have had router.drain_s seconds. `stop` comes next."""
+        await self._let_go()
+        await self.door.wind_down(self.config.router.drain_s)
 
-    async def _watch_one(self, name: str, actor: ActorHandle[Any], lost: Callable[[Lost], None]) -> None:
-        try:
-            await actor.serving.remote()
-        except (RayActorError, RayTaskError) as error:
-            lost(Lost(name=name, pid=self.pid_of(name) or 0, reason=reason(error)))
-            await self._use_no_more({rank.plan.node for rank in self._ranks if rank.name == name})
+    async def stop(self) -> list[Located]:
+        """Stop the router, then all ranks, for certain, and remove what Ray holds; the processes that are left nevertheless: none.
 
-    async def _use_no_more(self, nodes: Set[str]) -> None:
-        """Have the router forget nodes that lost a rank: a leader that still answers looks well, and cannot step without it.
-
-        Should the router not do it in time, it finds out by itself, when the node's next step fails.
+        Takes at most about 2 x STOP_S, and more only for hosts that do not answer. Safe to call twice.
         """
-        front: Any = self._actors.get(FRONT)
-        leaders = [rank.address.control for rank in self._ranks if rank.plan.node in nodes and rank.plan.tp_rank == 0]
-        if front is None or not leaders:
-            return
-        try:
-            async with asyncio.timeout(STOP_S):
-                await first_failure([result(FRONT, "remove a group", front.remove_group.remote(address)) for address in leaders])
-        except (BatonError, TimeoutError) as error:
-            log.warning("the router did not take %s out of use: %r", ", ".join(sorted(nodes)), error)
+        await self._let_go()
+        await self.door.end(gently=True)
+        await asyncio.gather(*(node.end(gently=True) for node in self.nodes))
+        for care in self.cares.values():
+            care.ward.give_back()
+            if not NODE_LIFE.ends(care.state):
+                care.step(NodeEvent.DOWN)
+        return await living_everywhere(self.located())
 
-    async def stop(self) -> None:
-        """Stop the router, then all ranks, then remove what Ray holds. Takes at most about 2 x STOP_S; safe to call twice."""
-        actors, self._actors = self._actors, {}
-        groups, self._groups = self._groups, []
-        front = actors.pop(FRONT, None)
-        if front is not None:
-            await end_actor(front)
-        await asyncio.gather(*(end_actor(actor) for actor in actors.values()))
-        release_all(groups)
+    def _show(self) -> None:
+        """Have the router know which groups serve, and how every node is."""
+        groups = {
+            (address, self.cares[node.name].lives): role
+            for node in self.nodes
+            if self.cares[node.name].state is NodeState.SERVING
+            for address, role in node.leaders.items()
+        }
+        self.door.show(groups, {report.node: report for report in self.reports()})
+        self._stepped.set()
+
+    def _tell(self, news: News) -> None:
+        self._tell_whom(news)
+
+    def _on_notice(self, notice: Notice) -> None:
+        for care in self._meant(notice):
+            care.wish(notice)
+
+    def _meant(self, notice: Notice) -> Iterator[Care]:
+        """The node that is named, or that the leader at that address belongs to: one that never said its name is called by its address."""
+        for node in self.nodes:
+            if notice.node == node.name or notice.address in node.leaders:
+                yield self.cares[node.name]
 
 
-async def launch(config: BatonConfig, say: Say, *, detached: bool = False, cores: int | None = None) -> Cluster:
+async def launch(config: BatonConfig, say: Say, *, detached: bool = False, cores: int | None = None, host_id: str = "") -> Cluster:
     """A running cluster on the Ray this process is connected to. On any failure, Ctrl-C included, everything is taken down again."""
-    cluster = Cluster(config, detached=detached, cores=cores)
+    cluster = Cluster(config, detached=detached, cores=cores, host_id=host_id)
     try:
         await cluster.up(say)
     except BaseException:
@@ -219,20 +220,11 @@ async def launch(config: BatonConfig, say: Say, *, detached: bool = False, cores
     return cluster
 
 
-async def _report(rank: RunningRank, say: Say) -> None:
-    """Say how far a rank is until cancelled; its death is for whoever waits for the load to tell."""
-    with contextlib.suppress(RayActorError):
-        while True:
-            now = await rank.actor.progress.remote()
-            say(Progress(node=rank.plan.node, rank=rank.plan.rank, stage=now.stage, done_bytes=now.done_bytes, total_bytes=now.total_bytes))
-            await asyncio.sleep(_PROGRESS_S)
+def _report(node: Node, care: Care) -> NodeReport:
+    # What retires is still what the router knows it as, drained: only once its processes have ended is there something to say.
+    stage = {NodeState.RETIRING: "serving", NodeState.GONE: "retired"}.get(care.state, care.state.value)
+    return NodeReport(node.name, node.ask.role, cast(Reported, stage), care.why, care.lives)
 
 
-def rank_name(plan: RankPlan) -> str:
-    """ "decode-0/1"."""
-    return f"{plan.node}/{plan.rank}"
-
-
-def rank_info(role: Any, address: RankAddress) -> RankInfo:
-    """A rank's address as it is told to people."""
-    return RankInfo(role=role, node=address.node, rank=address.rank, pid=address.pid, host=address.host, address=address.control)
+def _log(news: News) -> None:
+    log.info("%s", news.said())

@@ -97,6 +97,7 @@ def connect(address: str, *, namespace: str | None = None, show_logs: bool = Fal
 
     needed = import_environment(dict(os.environ))
     _probe(address)
+    _greet(address)
     try:
         ray.init(
             address=address,
@@ -120,16 +121,34 @@ def _probe(address: str) -> None:
         raise Unavailable(f"no Ray cluster answers at {address} within {PROBE_S:g} s: {error}", stage="ray", cause="no_ray") from error
 
 
+def _greet(address: str) -> None:
+    """Raise Unavailable unless a Ray cluster answers at host:port and lets us in. Takes about 3 x PROBE_S where nobody does.
+
+    Ray itself would try for minutes to talk to what listens there and is no Ray, hangs, or wants another token.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import RayError
+
+    if ":" not in address or "://" in address:
+        return  # "auto", or Ray's own client: for Ray to judge
+    try:
+        GcsClient(address=address).get_all_node_info(timeout=PROBE_S)
+    except RayError as error:
+        said = " ".join(str(error).split())
+        raise Unavailable(f"what listens at {address} is no Ray cluster that lets us in: {said}", stage="ray", cause="no_ray") from error
+
+
 def connect_environment(inherited: dict[str, str]) -> dict[str, str]:
-    """What to add to the environment before Ray is imported to connect to an existing cluster: its authentication mode, explicitly.
+    """What to add to the environment before Ray is imported to connect to an existing cluster: patience, and its authentication mode.
 
     The operator's RAY_AUTH_MODE stands; without one, a token that Ray would find means token mode.
     """
+    patience = {"RAY_py_gcs_connect_timeout_s": f"{PROBE_S:.0f}"}
     if "RAY_AUTH_MODE" in inherited:
-        return {}
+        return patience
     given = "RAY_AUTH_TOKEN" in inherited or "RAY_AUTH_TOKEN_PATH" in inherited
     found = Path(inherited.get("HOME", "/"), ".ray", "auth_token").is_file()
-    return {"RAY_AUTH_MODE": "token" if given or found else "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**patience, "RAY_AUTH_MODE": "token" if given or found else "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def remove_home(home: Path) -> None:

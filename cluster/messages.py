@@ -61,7 +61,7 @@ class RankInfo(Message):
 
 
 class ClusterInfo(Message):
-    """A running cluster: where clients connect, and which processes it is made of."""
+    """A running cluster: where clients connect, and which processes it is made of at this moment. router_pid 0: there is no router now."""
 
     model: str
     http: str
@@ -132,13 +132,71 @@ class Failed(Message):
 
 
 class Lost(Message):
-    """A process of a running cluster ended by itself. `name` is a rank's, or "router": then nothing can be served any more."""
+    """A process of a running cluster ended by itself, or (ended False) is killed because it hangs. `name` is a rank's, or "router"."""
 
     event: Literal["lost"] = "lost"
     name: str
     pid: int
     reason: str
+    ended: bool = True
     log: str = ""
+
+    def said(self) -> str:
+        """For people."""
+        return f"lost: {self.name} (pid {self.pid}) {'ended' if self.ended else 'hangs'}: {self.reason}"
+
+
+class Rebuilding(Message):
+    """A node (or the router, node "router") is being built again, from nothing; why: what ended it."""
+
+    event: Literal["rebuilding"] = "rebuilding"
+    node: str
+    why: str
+
+    def said(self) -> str:
+        """For people."""
+        return f"rebuilding {self.node} ({self.why}) ..."
+
+
+class Waiting(Message):
+    """A node cannot be built now. seconds: until the next try; None: it goes on by itself as soon as what it lacks is there."""
+
+    event: Literal["waiting"] = "waiting"
+    node: str
+    why: str
+    seconds: float | None = None
+
+    def said(self) -> str:
+        """For people."""
+        then = "goes on once it can" if self.seconds is None else f"the next try is in {self.seconds:g} s"
+        return f"waiting: {self.node} cannot be built now, {then}: {self.why}"
+
+
+class Back(Message):
+    """A node (or the router) serves again, seconds after it was lost or asked for."""
+
+    event: Literal["back"] = "back"
+    node: str
+    seconds: float
+
+    def said(self) -> str:
+        """For people."""
+        return f"back: {self.node} after {self.seconds:.1f} s"
+
+
+class Retired(Message):
+    """An operator had a node drained; its processes have ended and its slots are given back. num_processes: how many they were."""
+
+    event: Literal["retired"] = "retired"
+    node: str
+    num_processes: int
+
+    def said(self) -> str:
+        """For people."""
+        return f"retired: {self.node}, {self.num_processes} processes ended"
+
+
+News = Lost | Rebuilding | Waiting | Back | Retired
 
 
 class Reply(Message):
@@ -150,7 +208,10 @@ class Reply(Message):
     error: Facts | None = None
 
 
-Event = Annotated[Stage | Progress | Ready | Failed | Lost | Reply, Field(discriminator="event")]
+Event = Annotated[
+    Stage | Progress | Ready | Failed | Lost | Rebuilding | Waiting | Back | Retired | Reply,
+    Field(discriminator="event"),
+]
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
 
@@ -166,8 +227,11 @@ class Launch(Message):
     show_logs: bool = False
 
 
+Ask = Literal["status", "counts", "processes", "wind_down"]
+
+
 class Question(Message):
-    """A later line to a keeper."""
+    """A later line to a keeper. wind_down: take no more requests, answer when those that run are over or had router.drain_s seconds."""
 
     number: int
-    question: Literal["status", "counts"]
+    question: Ask

@@ -18,7 +18,7 @@ from baton.client import Answer, Client, Options, PromptLike
 from baton.config import BatonConfig, load_config
 from baton.errors import InvalidRequest
 from cluster.kept import KeptCluster, Watch
-from cluster.messages import ClusterInfo, Progress, Stage
+from cluster.messages import ClusterInfo, News, Progress, Stage
 from ranks.facts import RankCounts
 
 _IDLE_POLL_S = 0.1
@@ -69,6 +69,14 @@ class Engine:
             tasks = [group.create_task(one(prompt, asked)) for prompt, asked in zip(prompts, options, strict=True)]
         return [task.result() for task in tasks]
 
+    def processes(self) -> ClusterInfo:
+        """The processes of this moment: nodes that lost one are built again. `info` is how they were when the engine was new."""
+        return self._cluster.processes()
+
+    def wait_news(self, timeout_s: float) -> News | None:
+        """What next happens to the cluster by itself (a process lost, a node being rebuilt, back); None after `timeout_s`."""
+        return self._cluster.wait_news(timeout_s)
+
     def status(self) -> dict[str, Any]:
         """Groups and pairs as the router sees them."""
         return self._cluster.status()
@@ -78,7 +86,7 @@ class Engine:
         return self._run(self._client.flush_cache(node))
 
     def counts(self) -> list[RankCounts]:
-        """What every rank holds now."""
+        """What every living rank holds now."""
         return self._cluster.counts()
 
     def wait_idle(self, timeout_s: float = 10.0) -> list[RankCounts]:

@@ -6,7 +6,7 @@ Knows: Ray's placement groups and resources. Does not know: what will run there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,20 @@ from baton.errors import ResourceExhausted
 from cluster.plan import RANK_RESOURCE, Host, NodeAsk, can_ever_fit, explain_shortage
 
 PLACE_S = 30.0
+# In a thread, since Ray's call blocks, and in slices, so that whoever ends the wait is not kept for long.
+_SLICE_S = 1.0
+_MIND_S = 2.0
+
+Waits = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A node's slots, reserved on one host until `release_all`; dies with the job that asked, unless detached."""
+    """A node's slots, reserved on one host until `release_all`; dies with the job that asked, unless detached. host_id: Ray's."""
 
     ask: NodeAsk
     host: Host
+    host_id: str
     group: PlacementGroup
 
 
@@ -40,20 +46,41 @@ def reserve(ask: NodeAsk, *, detached: bool) -> PlacementGroup:
     return group
 
 
-async def placed(ask: NodeAsk, group: PlacementGroup, cores: int | None) -> Placed:
+async def placed(ask: NodeAsk, group: PlacementGroup, cores: int | None, waits: Waits | None = None) -> Placed:
     """The host of a reserved node. `cores`: of this machine, where Ray was not told about them.
 
-    Raises ResourceExhausted(cause="no_machine") with the numbers: at once if no host could ever hold the node, else after PLACE_S.
+    waits None: ResourceExhausted(cause="no_machine") with the numbers, at once if no host could ever hold the node, else after PLACE_S.
+    Otherwise this waits as long as it takes, and tells `waits` why as often as that changes.
     """
+    if waits is None:
+        await _place_soon(ask, group)
+    else:
+        await _place_at_last(ask, group, waits)
+    return find_placed(ask, group, cores)
+
+
+def find_placed(ask: NodeAsk, group: PlacementGroup, cores: int | None) -> Placed:
+    """Where a group that is ready lies."""
+    (host_id,) = set(placement_group_table(group)["bundles_to_node_id"].values())
+    return Placed(ask, _host(host_id, cores), host_id, group)
+
+
+async def _place_soon(ask: NodeAsk, group: PlacementGroup) -> None:
     if not can_ever_fit(ask, hosts()):
         raise _no_machine(ask)
     deadline = Deadline.after(PLACE_S)
-    # In a thread, since the call blocks, and in slices, so that a Ctrl-C is not kept waiting for the whole time.
-    while not await asyncio.to_thread(group.wait, min(1.0, deadline.left_s())):
+    while not await asyncio.to_thread(group.wait, min(_SLICE_S, deadline.left_s())):
         if deadline.passed():
             raise _no_machine(ask)
-    (node_id,) = set(placement_group_table(group)["bundles_to_node_id"].values())
-    return Placed(ask, _host(node_id, cores), group)
+
+
+async def _place_at_last(ask: NodeAsk, group: PlacementGroup, waits: Waits) -> None:
+    """No deadline: a host comes when an operator brings one. Ends by that, or by the cancellation of whoever builds the node."""
+    said, patience = "", Deadline.after(_MIND_S)
+    while not await asyncio.to_thread(group.wait, _SLICE_S):
+        if patience.passed() and (why := explain_shortage(ask, hosts())) != said:
+            said = why
+            waits(why)
 
 
 def hosts() -> list[Host]:

@@ -18,7 +18,8 @@ from baton.errors import ConfigError
 from ranks.capacity import capacity
 
 RANK_RESOURCE = "baton_rank"
-FRONT = "router"  # the name of the router's actor
+FRONT = "router"  # the names of the actors that are no ranks
+SUPERVISOR = "supervisor"
 # Measured on Linux with torch 2.13 and ray 2.60: 200 MiB of private memory per rank before any weight or KV block, and room for
 # activations; 410 MiB for router, keeper and the seven processes of Ray.
 RANK_PROCESS_BYTES = 320 * 2**20

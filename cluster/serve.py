@@ -1,4 +1,4 @@
-"""`baton serve`: one cluster on this machine, from start to Ctrl-C.
+"""`baton serve`: one cluster on this machine, from start to Ctrl-C or SIGTERM.
 
 Knows: signals and what people want to read. Does not know: how a cluster is made.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -19,26 +19,35 @@ from baton.errors import Unavailable
 from baton.tokenizer import unapplied_sampling
 from cluster.display import LaunchDisplay
 from cluster.kept import KeptCluster
-from cluster.messages import ClusterInfo, Lost
+from cluster.messages import ClusterInfo, Lost, News
 from cluster.plan import description
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def serve(config: BatonConfig, *, show_logs: bool = False) -> int:
-    """Serve until Ctrl-C or SIGTERM, then take everything down; returns 0. Prints one line with the addresses when ready.
+class Terminated(KeyboardInterrupt):
+    """SIGTERM to a cluster that serves: what runs may finish."""
 
-    Raises what the launch failed with, and Unavailable when what is left of the cluster can serve nothing.
+
+def serve(config: BatonConfig, *, show_logs: bool = False) -> int:
+    """Serve until Ctrl-C (then everything ends at once) or SIGTERM (running requests get router.drain_s seconds); returns 0.
+
+    Prints one line with the addresses when ready, and on standard error what is lost, rebuilt and back. Raises what the launch failed
+    with; and, where `membership.rebuild` is false, Unavailable when what is left of the cluster can serve nothing.
     """
     console = Console(stderr=True)
-    with first_signal_interrupts(), KeptCluster(config, show_logs=show_logs) as cluster:
+    ready = False
+    with first_signal_interrupts(gently=lambda: ready), KeptCluster(config, show_logs=show_logs) as cluster:
         warn_unapplied(config, console)
         try:
             with LaunchDisplay(console) as display:
                 info = cluster.start(display)
             describe(config, console)
             print(ready_line(info), flush=True)
-            _watch(cluster, info, console)
+            ready = True
+            _watch(cluster, config, info, console)
+        except Terminated:
+            _drain(cluster, config, console)
         except KeyboardInterrupt:
             console.print("stopping ...", highlight=False, soft_wrap=True)
     return 0
@@ -65,13 +74,19 @@ def ready_line(info: ClusterInfo) -> str:
 
 
 @contextlib.contextmanager
-def first_signal_interrupts() -> Iterator[None]:
+def first_signal_interrupts(gently: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once; while what follows is cleaned up, further ones are ignored.
 
-    For the main thread. What stops a cluster has deadlines of its own, so nobody needs a second Ctrl-C.
+    While `gently()` holds, a first SIGTERM raises Terminated, and it is the next signal that interrupts. For the main thread.
+    What stops a cluster has deadlines of its own, so nobody needs a second Ctrl-C.
     """
+    terminated = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        if number == signal.SIGTERM and gently() and not terminated:
+            terminated = True
+            raise Terminated
         for signum in _ENDING:
             signal.signal(signum, signal.SIG_IGN)
         raise KeyboardInterrupt
@@ -84,18 +99,33 @@ def first_signal_interrupts() -> Iterator[None]:
             signal.signal(signum, former)
 
 
-def _watch(cluster: KeptCluster, info: ClusterInfo, console: Console) -> None:
-    """Report every death; return never, raise when nothing can be served any more."""
-    lost: list[Lost] = []
+def _drain(cluster: KeptCluster, config: BatonConfig, console: Console) -> None:
+    """Let running requests finish, unless another signal says that nobody wants to wait for them."""
+    console.print(f"finishing what runs, for up to {config.router.drain_s:g} s (a signal ends it at once) ...", highlight=False)
+    try:
+        cluster.wind_down()
+    except KeyboardInterrupt:
+        console.print("stopping ...", highlight=False, soft_wrap=True)
+
+
+def _watch(cluster: KeptCluster, config: BatonConfig, info: ClusterInfo, console: Console) -> None:
+    """Say what happens; return never. Raises Unavailable if nothing is rebuilt and what is left can serve nothing."""
+    lost: set[str] = set()
     while True:
-        event = cluster.wait_lost()
-        assert event is not None, "without a time limit something must have happened"
-        lost.append(event)
-        console.print(f"lost: {event.name} (pid {event.pid}) ended: {event.reason}", highlight=False, soft_wrap=True)
-        if event.log:
-            console.print(event.log, highlight=False, markup=False, style="dim", soft_wrap=True)
-        if missing := missing_part(info, {item.name for item in lost}):
+        news = cluster.wait_news()
+        assert news is not None, "without a time limit something must have happened"
+        say(news, console)
+        if isinstance(news, Lost):
+            lost.add(news.name)
+        if not config.membership.rebuild and (missing := missing_part(info, lost)):
             raise Unavailable(f"no {missing} is left; the cluster is taken down", stage="cluster", cause="cluster_lost")
+
+
+def say(news: News, console: Console) -> None:
+    """Print one line about what happened to a running cluster, and the last words of a process that was lost."""
+    console.print(news.said(), highlight=False, markup=False, soft_wrap=True)
+    if isinstance(news, Lost) and news.log:
+        console.print(news.log, highlight=False, markup=False, style="dim", soft_wrap=True)
 
 
 def missing_part(info: ClusterInfo, lost: set[str]) -> str | None:

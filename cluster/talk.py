@@ -16,7 +16,7 @@ from baton.request import Chunk, Usage
 
 def generate(address: str, api_key: str | None, prompt: str, sampling: Options) -> int:
     """Stream one answer to standard output; usage goes to standard error when somebody watches."""
-    with _connected(address, api_key) as client:
+    with connected(address, api_key) as client:
         usage = _print_stream(client.generate(prompt, **sampling))
     print()
     if usage is not None and sys.stderr.isatty():
@@ -27,7 +27,7 @@ def generate(address: str, api_key: str | None, prompt: str, sampling: Options) 
 def chat(address: str, api_key: str | None, system: str | None, sampling: Options) -> int:
     """Read lines, stream answers, keep the history; ends with Ctrl-D, Ctrl-C or /exit. /clear forgets."""
     opening = [{"role": "system", "content": system}] if system else []
-    with _connected(address, api_key) as client:
+    with connected(address, api_key) as client:
         _greet(client, address)
         messages = list(opening)
         for line in _lines():
@@ -44,7 +44,7 @@ def chat(address: str, api_key: str | None, system: str | None, sampling: Option
 
 
 @contextlib.contextmanager
-def _connected(address: str, api_key: str | None) -> Iterator[SyncClient]:
+def connected(address: str, api_key: str | None) -> Iterator[SyncClient]:
     """A client of the cluster at address. What gRPC says where none answers becomes what to do about it."""
     with SyncClient(address, api_key=api_key) as client:
         try:
@@ -104,7 +104,7 @@ def _usage_line(usage: Usage) -> str:
 
 def flush_cache(address: str, api_key: str | None, node: str) -> int:
     """Have a node ("": all) forget cached prefixes that no sequence uses, and print how many blocks that freed."""
-    with _connected(address, api_key) as client:
+    with connected(address, api_key) as client:
         blocks = client.flush_cache(node)
     print(f"{blocks} cached blocks are free now")
     return 0
@@ -112,7 +112,7 @@ def flush_cache(address: str, api_key: str | None, node: str) -> int:
 
 def print_status(address: str, api_key: str | None) -> int:
     """Print what the router of a running cluster says about its groups and pairs."""
-    with _connected(address, api_key) as client:
+    with connected(address, api_key) as client:
         status = client.status()
     print(f"{status.model}: {'ready' if status.ready else 'not ready'}, {status.requests_running} running, {status.requests_total} so far")
     for group in status.groups:
@@ -123,5 +123,8 @@ def print_status(address: str, api_key: str | None) -> int:
             f"blocks {blocks.free} free + {blocks.cached} cached + {blocks.held} held + {blocks.quarantined} quarantined = {blocks.total}"
         )
     for pair in status.pairs:
-        print(f"  {pair.prefill} -> {pair.decode}: {pair.refusal or ('proven' if pair.proven else 'not proven yet')}")
+        way = f"{pair.prefill} -> {pair.decode}" if pair.prefill else f"{pair.decode} alone"
+        print(f"  {way}: {pair.refusal or ('proven' if pair.proven else 'not proven yet')}")
+    for node in status.nodes:
+        print(f"  {node.node}: {node.stage}, life {node.lives}{f' (the last ended because {node.why})' if node.why else ''}")
     return 0

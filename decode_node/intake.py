@@ -1,30 +1,62 @@
 """Brings the prompt blocks of admitted sequences in: one pull each, receiver-driven, while prefill may still be computing.
 
-A pull's task is its only owner. It ends when every rank has verified every block and the lease was released, or by failure or
-cancel; in these cases its bound blocks stay quarantined until no read of it can land any more. Decides nothing about batches.
+A pull's task is its only owner and carries out its life (pull.py). Decides nothing about batches.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from baton.deadline import Deadline, now_s
 from baton.errors import BatonError, Cancelled, InternalError
-from decode_node.reader import GroupReader
-from decode_node.scheduler import Admitted, DecodeScheduler
+from decode_node.outcome import Admitted
+from decode_node.pull import Portion, PullEvent, PullLife, PullState, portions
+from decode_node.scheduler import DecodeScheduler
 from kv_transfer.client import PullClient
 from kv_transfer.lease import Announced, FinalToken
+from kv_transfer.tcp_frame import MAX_BLOCKS
 from kv_transfer.transport import Export
 from ranks.facts import ReadOrder
+from ranks.service import Unacknowledged
 from ranks.session import Key, PullFacts
 
 log = logging.getLogger(__name__)
 
 # At most so much is asked of a rank at once: time limits are for reads of bounded size, however long the prompt that was announced.
 READ_BYTES = 256 * 2**20
+# A read ends itself when its time is up; a rank may take so much longer to say so. Longer than the call to a follower waits.
+ANSWER_S = 10.0
+
+
+class BlockReader(Protocol):
+    """Has every rank of the group read its own spans (see reader.GroupReader)."""
+
+    async def learn(self, incarnation: bytes, exports: Sequence[Export]) -> str:
+        """Have every rank reach a prefill node; the transport used. Raises BatonError. Its waits have deadlines of their own."""
+
+    async def read(self, order: ReadOrder, deadline: Deadline) -> int:
+        """Bytes read over all ranks, once all have verified them.
+
+        Raises a BatonError when every rank has said that its read is over, so that nothing can land any more, and Unacknowledged
+        if one has not.
+        """
+
+
+class PullListener(Protocol):
+    """Who is told how pulls go: the leader. For every pull that was begun exactly one of these is called, once."""
+
+    def pulled(self, key: Key, final: FinalToken, facts: PullFacts) -> None:
+        """All blocks are here and verified on every rank."""
+
+    def pull_failed(self, key: Key, error: BatonError) -> None:
+        """The pull is over and nothing can land any more, whether or not the sequence had been given up before."""
+
+    def pull_lost(self, key: Key, error: BatonError) -> None:
+        """The pull is over, and bytes may land in its blocks for as long as some rank of the group lives: it must not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +69,24 @@ class PullSource:
     exports: tuple[Export, ...]
 
 
-@dataclass(slots=True)
-class Progress:
-    """One pull under way."""
+@dataclass(slots=True, eq=False)
+class _UnderWay:
+    """One pull's life, its facts so far, and its task, which ends it."""
 
     key: Key
     matched: int
-    began_s: float
+    source: PullSource
+    deadline: Deadline
+    life: PullLife
+    task: asyncio.Task[None] | None = None
+    began_s: float = field(default_factory=now_s)
     transport: str = ""
     blocks: int = 0
     bytes_read: int = 0
     last_announced_s: float = 0.0
-    final: FinalToken | None = None
 
     def facts(self) -> PullFacts:
-        """The report of a pull that has just ended."""
+        """The report of a pull whose last block has just been verified."""
         now = now_s()
         return PullFacts(
             key=self.key,
@@ -64,115 +99,144 @@ class Progress:
         )
 
 
-OnPulled = Callable[[Key, FinalToken, PullFacts], None]
-OnFailed = Callable[[Key, BatonError], None]
-
-
 class Intake:
-    """All pulls of one group. State owner: the leader's event loop. block_bytes: of one block on one rank."""
+    """All pulls of one group. State owner: the leader's event loop. block_bytes: of one block on one rank. read_s: for one read."""
 
     def __init__(
         self,
         scheduler: DecodeScheduler,
         client: PullClient,
-        reader: GroupReader,
-        on_pulled: OnPulled,
-        on_failed: OnFailed,
+        reader: BlockReader,
+        listener: PullListener,
         *,
         read_s: float,
         block_bytes: int,
+        vocab_size: int,
+        answer_s: float = ANSWER_S,
     ) -> None:
-        self.max_read_blocks = max(1, READ_BYTES // block_bytes)
+        self.max_read_blocks = min(MAX_BLOCKS, max(1, READ_BYTES // block_bytes))
         self._scheduler = scheduler
         self._client = client
         self._reader = reader
+        self._listener = listener
         self._read_s = read_s
-        self._on_pulled = on_pulled
-        self._on_failed = on_failed
-        self._tasks: dict[Key, asyncio.Task[None]] = {}
+        self._answer_s = answer_s
+        self._vocab_size = vocab_size
+        self._pulls: dict[Key, _UnderWay] = {}  # until the task has ended
+        self._unanswered: list[asyncio.Future[int]] = []  # reads of lost pulls, until `close`
 
     @property
     def num_open(self) -> int:
         """Pulls under way."""
-        return len(self._tasks)
+        return len(self._pulls)
 
     def begin(self, admitted: Admitted, source: PullSource, deadline: Deadline) -> None:
         """Start to pull what the sequence lacks."""
-        key = (admitted.request_id, admitted.attempt)
-        task = asyncio.create_task(self._run(Progress(key, admitted.matched_blocks, now_s()), source, deadline))
-        self._tasks[key] = task
-        task.add_done_callback(lambda task: self._ended(key, task))
+        request, matched = admitted.request, admitted.matched_blocks
+        life = PullLife(request, matched, admitted.num_blocks, vocab_size=self._vocab_size, source=source.address)
+        pull = self._pulls[request.key] = _UnderWay(request.key, matched, source, deadline, life)
+        pull.task = asyncio.create_task(self._run(pull))
+        pull.task.add_done_callback(lambda task: self._ended(pull, task))
 
     def cancel(self, key: Key) -> bool:
-        """Stop a pull; False if there is none. Its blocks come back when its reads have ended."""
-        task = self._tasks.get(key)
-        return task is not None and task.cancel()
+        """The sequence is given up. Whether its blocks may still be written: until `pull_failed`, which then comes, or for ever."""
+        pull = self._pulls.get(key)
+        if pull is None or pull.task is None or not pull.life.yields:
+            return False
+        return pull.task.cancel()
 
-    def _ended(self, key: Key, task: asyncio.Task[None]) -> None:
-        del self._tasks[key]
-        if not task.cancelled() and task.exception():
-            log.error("the end of the pull of %s failed", key, exc_info=task.exception())
+    def _ended(self, pull: _UnderWay, task: asyncio.Task[None]) -> None:
+        if self._pulls.get(pull.key) is pull:
+            del self._pulls[pull.key]
+        if task.cancelled():  # before it began
+            self._cancelled(pull)
+        elif task.exception():
+            log.error("the end of the pull of %s failed", pull.key, exc_info=task.exception())
 
     async def close(self) -> None:
-        """Cancel all pulls and wait until their reads have ended (each has a deadline)."""
-        tasks = list(self._tasks.values())
+        """Cancel all pulls and wait until their reads have ended, or have not said so in their time."""
+        tasks = [pull.task for pull in self._pulls.values() if pull.task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for reading in self._unanswered:
+            reading.cancel()
+        await asyncio.gather(*self._unanswered, return_exceptions=True)
 
-    async def _run(self, progress: Progress, source: PullSource, deadline: Deadline) -> None:
+    async def _run(self, pull: _UnderWay) -> None:
+        """Exactly one word to the listener, whatever happens."""
         try:
-            final = await self._pull(progress, source, deadline)
-            self._on_pulled(progress.key, final, progress.facts())
+            await self._pull(pull)
+        except Unacknowledged as error:
+            pull.life.on(PullEvent.UNACKNOWLEDGED)
+            self._listener.pull_lost(pull.key, error)
         except BatonError as error:
-            self._on_failed(progress.key, error)
+            self._failed(pull, error)
         except asyncio.CancelledError:
-            self._on_failed(progress.key, Cancelled("the pull was cancelled", stage="pull"))
+            self._cancelled(pull)
         except Exception as error:  # the edge of this task: a bug must end the sequence, not vanish
-            log.exception("pull of %s failed", progress.key)
-            self._on_failed(progress.key, InternalError(f"pull failed: {error!r}", stage="pull"))
+            log.exception("pull of %s failed", pull.key)
+            self._failed(pull, InternalError(f"pull failed: {error!r}", stage="pull"))
 
-    async def _pull(self, progress: Progress, source: PullSource, deadline: Deadline) -> FinalToken:
-        progress.transport = await self._reader.learn(source.incarnation, source.exports)
-        lease = (source.incarnation, source.lease)
-        async with self._client.pull(source.address, *lease, progress.key[1], progress.matched, deadline) as pull:
-            async for announced in pull:
-                await self._take(progress, source.incarnation, announced, deadline)
-            await pull.release()
-        if progress.final is None:
-            raise InternalError("the last announcement carried no token", stage="pull")
-        return progress.final
+    def _failed(self, pull: _UnderWay, error: BatonError) -> None:
+        if pull.life.state is PullState.RELEASING:  # the sequence runs; the lease ends by its own expiry, or has ended
+            log.warning("the lease of %s was not released: %s", pull.key, error.message)
+            pull.life.on(PullEvent.NOT_RELEASED)
+            return
+        pull.life.on(PullEvent.FAIL)
+        self._listener.pull_failed(pull.key, error)
 
-    async def _take(self, progress: Progress, incarnation: bytes, announced: Announced, deadline: Deadline) -> None:
-        progress.last_announced_s = now_s()
-        progress.final = announced.final or progress.final
-        for at in range(0, len(announced.block_ids), self.max_read_blocks):
-            some = slice(at, at + self.max_read_blocks)
-            await self._read(progress, incarnation, announced.block_ids[some], announced.generations[some], deadline)
+    def _cancelled(self, pull: _UnderWay) -> None:
+        pull.life.on(PullEvent.QUIESCED if pull.life.state is PullState.DRAINING else PullEvent.CANCEL)
+        if pull.life.state is PullState.CANCELLED:
+            self._listener.pull_failed(pull.key, Cancelled("the pull was cancelled", stage="pull"))
 
-    async def _read(
-        self, progress: Progress, incarnation: bytes, block_ids: tuple[int, ...], generations: tuple[int, ...], deadline: Deadline
-    ) -> None:
-        bound = self._scheduler.bind(progress.key, len(block_ids))
-        order = ReadOrder(incarnation, block_ids, generations, tuple(block for block, _ in bound))
-        progress.bytes_read += await to_the_end(self._reader.read(order, deadline.sooner(self._read_s)))
-        progress.blocks += len(bound)
+    async def _pull(self, pull: _UnderWay) -> None:
+        source = pull.source
+        pull.transport = await self._reader.learn(source.incarnation, source.exports)
+        pull.life.on(PullEvent.REACHED)
+        number, attempt = source.lease, pull.key[1]
+        async with self._client.pull(source.address, source.incarnation, number, attempt, pull.matched, pull.deadline) as stream:
+            pull.life.on(PullEvent.QUEUED)
+            while pull.life.state is not PullState.RELEASING:
+                await self._take(pull, await anext(stream))
+            await stream.release()
+            pull.life.on(PullEvent.RELEASED)
 
+    async def _take(self, pull: _UnderWay, announced: Announced) -> None:
+        pull.life.announced(announced)
+        pull.last_announced_s = now_s()
+        for portion in portions(announced, self.max_read_blocks):
+            await self._read(pull, portion)
+        final = pull.life.final
+        if final is None:
+            pull.life.on(PullEvent.VERIFIED)
+            return
+        self._listener.pulled(pull.key, final, pull.facts())  # it need not wait for the release
+        pull.life.on(PullEvent.COMPLETE)
 
-async def to_the_end(reading: Awaitable[int]) -> int:
-    """Bytes read. A cancel waits until the read has ended, so that no late byte lands in a block that is given back.
+    async def _read(self, pull: _UnderWay, portion: Portion) -> None:
+        bound = self._scheduler.bind(pull.key, len(portion.block_ids))
+        order = ReadOrder(pull.source.incarnation, portion.block_ids, portion.generations, tuple(block for block, _ in bound))
+        deadline = pull.deadline.sooner(self._read_s)
+        reading = asyncio.ensure_future(self._reader.read(order, deadline))
+        await self._end_of(reading, pull.life, Deadline(deadline.at_s + self._answer_s))
+        pull.bytes_read += reading.result()
+        pull.blocks += len(bound)
 
-    The wait is bounded by the read's own deadline, and no further cancel (the node closes) cuts it short.
-    """
-    task = asyncio.ensure_future(reading)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is None:
-        return task.result()
-    if not task.cancelled() and task.exception():
-        log.debug("a cancelled pull's read failed as well: %s", task.exception())
-    raise cancelled
+    async def _end_of(self, reading: asyncio.Future[int], life: PullLife, limit: Deadline) -> None:
+        """Wait for it, however often this is cancelled, so that no late byte lands in a block that is given back.
+
+        Raises Unacknowledged if it has no end, and CancelledError at its end, well or badly, if this was cancelled.
+        """
+        while not reading.done() and not limit.passed():
+            try:
+                await asyncio.wait([reading], timeout=limit.left_s())
+            except asyncio.CancelledError:
+                if life.state is PullState.READING:
+                    life.on(PullEvent.CANCEL)
+        if not reading.done() or reading.cancelled():
+            self._unanswered.append(reading)
+            raise Unacknowledged("a read has not ended in its time", stage="pull")
+        if life.state is PullState.DRAINING and not isinstance(reading.exception(), Unacknowledged):
+            raise asyncio.CancelledError

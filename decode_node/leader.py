@@ -9,10 +9,10 @@ from baton.engine.batch import Batch, Sampled
 from baton.engine.blocks import BlockPool
 from baton.errors import BatonError, Cancelled, NodeLost, ResourceExhausted
 from baton.request import SequenceRequest, TokenEvent
-from decode_node.intake import Intake, PullSource
-from decode_node.reader import GroupReader
+from baton.rpc import open_channel
+from decode_node.intake import BlockReader, Intake, PullSource
 from decode_node.scheduler import DecodeScheduler
-from kv_transfer.client import PullClient
+from kv_transfer.client import OpenChannel, PullClient
 from kv_transfer.lease import FinalToken
 from ranks.desk import Desk, no_token
 from ranks.drive import Drive
@@ -22,30 +22,36 @@ from ranks.session import GroupLoad, Key, PullFacts, Session
 
 
 class DecodeLeader:
-    """State owner: the leader's event loop. What it holds for a sequence hangs on its desk entry, its pull and the scheduler."""
+    """State owner: the leader's event loop. What it holds for a sequence hangs on its desk entry, its pull and the scheduler.
 
-    def __init__(self, host: Seat, reader: GroupReader) -> None:
+    reader: has all ranks of the group read blocks. open_channel: how to connect to prefill leaders.
+    """
+
+    def __init__(self, host: Seat, reader: BlockReader, *, open_channel: OpenChannel = open_channel) -> None:
         config = host.plan.config
         self._host = host
         self._name = f"{host.plan.node}/{host.plan.group}"
-        self.desk = Desk[PullSource]("decode", self._name, self._end)  # facts: where the blocks are
+        self.membership = config.membership
+        # facts: where the blocks are, None if the prompt is computed here
+        self.desk = Desk[PullSource | None]("decode", self._name, self._end, vocab_size=host.vocab_size)
         self.pool = BlockPool(host.num_blocks, config.block_size)
         self.scheduler = DecodeScheduler(
             self.pool,
             max_sequences=config.decode.max_sequences,
             max_waiting=config.decode.max_waiting,
-            reserve_output_tokens=config.decode.reserve_output_tokens,
+            reserve_output_tokens=host.max_model_len if config.decode.overcommit == "none" else config.decode.reserve_output_tokens,
+            max_step_tokens=config.decode.max_step_tokens,
             max_model_len=host.max_model_len,
         )
-        self.client = PullClient(handshake_s=config.transfer.handshake_s)
+        self.client = PullClient(handshake_s=config.transfer.handshake_s, open_channel=open_channel)
         self.intake = Intake(
             self.scheduler,
             self.client,
             reader,
-            self._pulled,
-            self._pull_failed,
+            self,
             read_s=config.transfer.read_s,
             block_bytes=host.block_bytes,
+            vocab_size=host.vocab_size,
         )
         self.drive = Drive(host.step, host.wake_others, self)
 
@@ -60,7 +66,7 @@ class DecodeLeader:
         load = self.scheduler.load()
         return GroupLoad(
             waiting_sequences=load.waiting,
-            running_sequences=load.running + load.pulling,
+            running_sequences=load.running + load.pulling + load.computing,
             waiting_tokens=load.waiting_tokens,
             blocks=self.pool.counts(),
             open_leases=0,
@@ -69,53 +75,57 @@ class DecodeLeader:
             step_seconds=self.drive.busy_s,
         )
 
-    def decode(self, session: Session, request: SequenceRequest, source: PullSource, time_left_s: float) -> None:
-        """Queue a sequence, in the place of its earlier attempts; refusals go back as its error."""
-        self.desk.cancel(request.request_id, request.attempt - 1, "a later attempt has come")
+    def decode(self, session: Session, request: SequenceRequest, source: PullSource | None, time_left_s: float) -> None:
+        """Queue a sequence, in the place of its earlier attempts; refusals go back as its error. source None: compute its prompt here."""
         try:
-            self.desk.check_open()
-            self.scheduler.add(request)
+            deadline = self.desk.admit(session, request, time_left_s)
+            if deadline is None:
+                return
+            self.scheduler.add(request, alone=source is None)
         except BatonError as error:
             self.desk.refuse(session, request.key, error)
             return
-        self.desk.open(session, request.key, time_left_s, source)
+        self.desk.open(session, request, deadline, source)
         self._admit()
 
     def _admit(self) -> None:
+        """Let in what fits. Blocks that became free may also be what a running sequence waits for: so the drive looks again."""
         for admitted in self.scheduler.admit():
-            key = (admitted.request_id, admitted.attempt)
-            entry = self.desk.get(key)
+            entry = self.desk.get(admitted.request.key)
             assert entry is not None, "the scheduler knows only what is on the desk"
-            entry.session.outbox.accepted.append(key)
-            entry.session.flush()
-            self.intake.begin(admitted, entry.facts, entry.deadline)
-
-    # What the intake says.
-
-    def _pulled(self, key: Key, final: FinalToken, facts: PullFacts) -> None:
-        entry = self.desk.get(key)
-        if entry is None:  # given up while the last read was ending
-            self._quiesced(key)
-            return
-        entry.session.outbox.pulls.append(facts)
-        self._deliver(self.scheduler.start(key, _repeat(key, final)))
-        self.desk.flush()
+            if entry.facts is not None:
+                entry.session.outbox.accepted.append(admitted.request.key)
+                entry.session.flush()
+                self.intake.begin(admitted, entry.facts, entry.deadline)
         self.drive.poke()
+
+    # What the intake says (see PullListener).
+
+    def pulled(self, key: Key, final: FinalToken, facts: PullFacts) -> None:
+        """The sequence joins the batch. Token 0 is decode's first event too, so that no death between the streams loses it."""
+        entry = self.desk.get(key)
+        assert entry is not None, "a pull whose sequence was given up is cancelled"
+        entry.session.outbox.pulls.append(facts)
+        self._deliver(self.scheduler.start(key, final.event(*key)))
+        self.desk.flush()
         self._admit()
 
-    def _pull_failed(self, key: Key, error: BatonError) -> None:
-        """The pull is over and nothing can land any more, whether or not the sequence had been given up before.
+    def pull_failed(self, key: Key, error: BatonError) -> None:
+        """The sequence is over, if it was not before, and its blocks are free.
 
         A cancel that did not come from here was some rank's on its way down: the router must hear of it, and try elsewhere.
         """
         if isinstance(error, Cancelled):
             error = NodeLost(f"the pull was cut off: {error.message}", stage="pull", node=self._name)
         self._end(key, error)
-        self._quiesced(key)
-
-    def _quiesced(self, key: Key) -> None:
         self.scheduler.quiesced(key)
         self._admit()
+
+    def pull_lost(self, key: Key, error: BatonError) -> None:
+        """The sequence is over, but its blocks stay in quarantine until the processes that may write them are gone: the node fails."""
+        self._refuse(key, error)
+        self.scheduler.cancel(key, quarantine=True)
+        self.drive.fail(error)
 
     # What the drive asks (see Planner).
 
@@ -149,29 +159,22 @@ class DecodeLeader:
 
     def _end(self, key: Key, error: BatonError) -> None:
         """End one attempt; blocks that a pull may still write are quarantined until it has ended."""
+        if self._refuse(key, error):
+            self.scheduler.cancel(key, quarantine=self.intake.cancel(key))
+            self._admit()
+
+    def _refuse(self, key: Key, error: BatonError) -> bool:
+        """Forget an attempt and tell its router why, unless it cancelled it; False if it is not on the desk (any more)."""
         entry = self.desk.get(key)
         if entry is None:
-            return
+            return False
         if not isinstance(error, Cancelled):
             self.desk.refuse(entry.session, key, error)
         self.desk.forget(key)
-        self.scheduler.cancel(*key, quarantine=self.intake.cancel(key))
-        self._admit()
+        return True
 
     async def close(self, error: BatonError | None) -> None:
         """End everything; routers are told why."""
         self.desk.close(error)
         await self.intake.close()
         await self.client.close()
-
-
-def _repeat(key: Key, final: FinalToken) -> TokenEvent:
-    """Token 0 as decode's first event, so that no death between the streams loses it."""
-    return TokenEvent(
-        request_id=key[0],
-        attempt=key[1],
-        output_index=final.output_index,
-        token_ids=(final.token_id,),
-        logprobs=(final.logprob,) if final.logprob else (),
-        finish_reason=final.finish_reason,
-    )

@@ -8,11 +8,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from baton.deadline import Deadline
-from baton.errors import Unavailable
+from baton.errors import LeaseLost, Unavailable
 from kv_transfer.reader import Reader
 from kv_transfer.transport import Export
 from ranks.facts import ReadOrder
-from ranks.service import Peer
+from ranks.service import Peer, Unacknowledged
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,11 @@ class RankReader:
 
     def knows(self, incarnation: bytes) -> str | None:
         """The transport to a prefill incarnation, if it is connected."""
-        if incarnation in self._transports:
-            self._transports.move_to_end(incarnation)
         return self._transports.get(incarnation)
+
+    def doubt(self, incarnation: bytes) -> None:
+        """It may not be connected on every rank: reach it again before the next read."""
+        self._transports.pop(incarnation, None)
 
     async def take_sources(self, incarnation: bytes, exports: Sequence[Export]) -> str:
         """Reach a prefill node's ranks; the transport chosen. Raises Incompatible, Unavailable, DeadlineExceeded."""
@@ -46,12 +48,14 @@ class RankReader:
 
     async def read(self, order: ReadOrder, deadline: Deadline) -> int:
         """Bytes read, once they are verified. Ends only when no byte can land any more; see kv_transfer.transport.Ticket."""
+        if order.incarnation in self._transports:
+            self._transports.move_to_end(order.incarnation)
         ticket = self._reader.read(order.incarnation, order.source_blocks, order.generations, order.target_blocks, deadline)
         return await asyncio.wrap_future(ticket.future)
 
 
 class GroupReader:
-    """Has every rank of the group read. State owner: the leader's loop."""
+    """Has every rank of the group read (see intake.BlockReader). State owner: the leader's loop."""
 
     def __init__(self, own: RankReader, followers: Sequence[Peer]) -> None:
         self._own = own
@@ -59,10 +63,7 @@ class GroupReader:
         self._reaching: dict[bytes, asyncio.Task[str]] = {}  # by incarnation, until connected or failed
 
     async def learn(self, incarnation: bytes, exports: Sequence[Export]) -> str:
-        """Have every rank reach a prefill node; the transport the leader uses. Raises BatonError.
-
-        exports: empty if the router has told them before. Pulls that need the same node wait for one attempt to reach it.
-        """
+        """See BlockReader. exports: empty if the router has told them before. Pulls that need the same node wait for one attempt."""
         known = self._own.knows(incarnation)
         if known is not None:
             return known
@@ -84,12 +85,21 @@ class GroupReader:
         return await self._own.take_sources(incarnation, exports)
 
     async def read(self, order: ReadOrder, deadline: Deadline) -> int:
-        """Bytes read over all ranks, once all have verified. A failure is raised only when every rank's read has ended."""
+        """See BlockReader. A failure is raised only when every rank's read has ended, or has not said so in its time."""
         reads = [self._own.read(order, deadline), *(follower.read(order, deadline) for follower in self._followers)]
         results = await asyncio.gather(*reads, return_exceptions=True)
-        total = 0
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-            total += result
-        return total
+        failures = [result for result in results if isinstance(result, BaseException)]
+        if failures:
+            raise self._worst(order.incarnation, failures)
+        return sum(result for result in results if isinstance(result, int))
+
+    def _worst(self, incarnation: bytes, failures: Sequence[BaseException]) -> BaseException:
+        """A rank that has said nothing counts for more than any that has said why it failed."""
+        for failure in failures:
+            if isinstance(failure, Unacknowledged):
+                return failure
+            if isinstance(failure, asyncio.CancelledError):  # the call's, not ours: its channel was closed
+                return Unacknowledged("a rank's read was cut off", stage="pull")
+            if isinstance(failure, LeaseLost) and failure.cause == "incarnation":
+                self._own.doubt(incarnation)
+        return failures[0]

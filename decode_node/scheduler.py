@@ -1,81 +1,46 @@
-"""Which sequences a decode group takes in, generates next and suspends. Pure: plain values in, plans out.
+"""Which sequences a decode group takes in, computes next and suspends. Pure: plain values in, plans out.
 
-    WAITING ──admit──▶ ADMITTED ──bind──▶ PULLING ──start──▶ RUNNING ──last token──▶ ENDED
-                          │                  │ cancel           │ cancel during a step
-                          └─▶ ENDED          ▼                  ▼
-                                        QUARANTINED          ENDING ──apply──▶ ENDED
-                                             └──quiesced──▶ ENDED
+A sequence with a lease has its prompt blocks pulled: it holds its cached prefix and a promise of blocks by count, which are bound as
+its pull needs them. One without (no prefill node is left) computes its prompt here, in chunks, beside the rows of those that run: a
+running sequence is in every step, chunks share what max_step_tokens leaves to prompts (baton/engine/shares.py).
 
-An admitted sequence holds its cached prefix and a promise of blocks by count; blocks are bound as its pull needs them.
-A sequence that outgrows its promise takes from the pool; when that is full, one is suspended: first the youngest that is
-only ADMITTED, else the youngest RUNNING. The router sends it again, as a new attempt. Knows no clock and no leases.
+A sequence that outgrows its promise takes from the pool; when that is full, one is suspended, and the router sends it again, as a new
+attempt: first the youngest that is only ADMITTED, else the youngest that computes. **Somebody always gets on**: the oldest that
+computes is never suspended. If nobody else can yield, because the rest of the pool is under pulls or in quarantine, it sits out until
+those have ended, and each of them has a deadline; a block for each that has outgrown its promise is kept from whoever is let in. So it
+finishes, unless an older one comes up and takes its place, and of those there are only so many.
+
+Knows no clock and no leases. docs/lifecycles.md draws the stages.
 """
 
 from __future__ import annotations
 
-import enum
+import math
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from baton.engine.batch import Batch, Row, Sampled
+from baton.engine.batch import Batch, Sampled
 from baton.engine.blocks import BlockPool, blocks_for
 from baton.engine.sequence import Answer, Key, Sequence, WaitingLine, check_sequence
-from baton.errors import InternalError, InvalidRequest, ResourceExhausted
+from baton.engine.shares import Shares
+from baton.errors import InvalidRequest, ResourceExhausted
 from baton.request import SequenceRequest, TokenEvent
+from decode_node.outcome import Admitted, DecodeLoad
+from decode_node.stages import COMPUTE, SEQUENCE_LIFE, SequenceEvent, Stage
+from decode_node.step import Part, StepPlan
 
 AGE_LIMIT = 16
 RETRY_AFTER_S = 1.0
 
 
-class Stage(enum.Enum):
-    """Where a sequence is in its life; see the drawing above."""
-
-    WAITING = "waiting"
-    ADMITTED = "admitted"
-    PULLING = "pulling"
-    RUNNING = "running"
-    ENDING = "ending"
-    QUARANTINED = "quarantined"
-    ENDED = "ended"
-
-
-_NEXT = {
-    Stage.WAITING: {Stage.ADMITTED, Stage.ENDED},
-    Stage.ADMITTED: {Stage.PULLING, Stage.ENDED},
-    Stage.PULLING: {Stage.RUNNING, Stage.QUARANTINED, Stage.ENDED},
-    Stage.RUNNING: {Stage.ENDING, Stage.ENDED},
-    Stage.ENDING: {Stage.ENDED},
-    Stage.QUARANTINED: {Stage.ENDED},
-    Stage.ENDED: set[Stage](),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """Room is reserved for this attempt; its first matched_blocks blocks are here already and need not be pulled."""
-
-    request_id: str
-    attempt: int
-    matched_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeLoad:
-    """Sequences waiting for blocks, admitted or pulling, and running; prompt tokens of those waiting."""
-
-    waiting: int
-    pulling: int
-    running: int
-    waiting_tokens: int
-
-
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """in_step: the planned step writes its blocks. foreign: blocks that late remote writes may still reach."""
+    """alone: without a lease. in_step: the planned step writes its blocks. foreign: blocks that late remote writes may still reach."""
 
     sequence: Sequence
     arrival: int
-    stage: Stage = Stage.WAITING
+    alone: bool
+    stage: Stage = SEQUENCE_LIFE.start
     in_step: bool = False
     foreign: tuple[int, ...] = ()
 
@@ -83,15 +48,20 @@ class _Entry:
     def key(self) -> Key:
         return self.sequence.request.key
 
-    def to(self, stage: Stage) -> None:
-        assert stage in _NEXT[self.stage], f"a sequence does not go from {self.stage} to {stage}"
-        self.stage = stage
+    @property
+    def num_left(self) -> int:
+        """Tokens whose KV is not here yet."""
+        return len(self.sequence.token_ids) - self.sequence.num_computed
+
+    def on(self, event: SequenceEvent) -> None:
+        self.stage = SEQUENCE_LIFE.after(self.stage, event)
 
 
 class DecodeScheduler:
     """Sequences of one decode group. State owner: the group leader's loop.
 
     One step at a time: `plan`, `take_suspended`, run the batch, `apply`. Between plan and apply everything else may be called.
+    reserve_output_tokens: blocks are reserved for so many at most. max_step_tokens: prompt tokens computed in one step.
     """
 
     def __init__(
@@ -101,6 +71,7 @@ class DecodeScheduler:
         max_sequences: int,
         max_waiting: int,
         reserve_output_tokens: int,
+        max_step_tokens: int,
         max_model_len: int,
         age_limit: int = AGE_LIMIT,
     ) -> None:
@@ -108,17 +79,21 @@ class DecodeScheduler:
         self._max_sequences = max_sequences
         self._max_waiting = max_waiting
         self._reserve_output_tokens = reserve_output_tokens
+        self._max_step_tokens = max_step_tokens
         self._max_model_len = max_model_len
         self._num_arrived = 0
         self._line = WaitingLine[_Entry](age_limit)
         self._entries: dict[str, dict[int, _Entry]] = {}  # by request and attempt, until ENDED
-        self._active: dict[int, _Entry] = {}  # by arrival: ADMITTED, PULLING, RUNNING
-        self._planned: list[_Entry] = []  # rows of the step between plan and apply
+        self._active: dict[int, _Entry] = {}  # by arrival: ADMITTED, PULLING, COMPUTING, RUNNING
+        self._planned: list[tuple[_Entry, Part]] = []  # of the step between plan and apply
         self._suspended: list[Key] = []  # until take_suspended
         self._failed: list[Key] = []  # until take_failed
 
-    def add(self, request: SequenceRequest) -> None:
-        """A sequence to generate. Raises ResourceExhausted if too many wait, InvalidRequest if it can never run here or is here."""
+    def add(self, request: SequenceRequest, *, alone: bool = False) -> None:
+        """A sequence to generate, whose prompt is pulled, or computed here if it is alone.
+
+        Raises ResourceExhausted if too many wait, InvalidRequest if it can never run here or is here.
+        """
         if self.stage(request.key) is not None:
             raise InvalidRequest(f"request {request.request_id} attempt {request.attempt} is here already", stage="decode")
         num_slots = len(request.prompt_ids) + request.sampling.max_tokens
@@ -130,7 +105,7 @@ class DecodeScheduler:
                 stage="decode",
             )
         self._check_room()
-        entry = _Entry(Sequence.make(request, self._pool.block_size), self._num_arrived)
+        entry = _Entry(Sequence.make(request, self._pool.block_size), self._num_arrived, alone)
         self._num_arrived += 1
         self._entries.setdefault(request.request_id, {})[request.attempt] = entry
         self._line.join(entry.arrival, entry)
@@ -138,15 +113,19 @@ class DecodeScheduler:
     def admit(self) -> tuple[Admitted, ...]:
         """As many waiting sequences as fit now, oldest first; one that does not fit holds up no other until it was overtaken often."""
         admitted: list[Admitted] = []
+        kept = sum(self._outgrown(entry.sequence) for entry in self._active.values() if entry.stage is Stage.RUNNING)
 
         def start(entry: _Entry) -> Answer:
             if len(self._active) >= self._max_sequences:
                 return Answer.STEP_FULL
-            if not entry.sequence.begin(self._pool, self._num_promised(entry.sequence)):
+            promised = self._num_promised(entry.sequence)
+            if not entry.sequence.fits(self._pool, promised + kept):
                 return Answer.NO_ROOM
-            entry.to(Stage.ADMITTED)
+            began = entry.sequence.begin(self._pool, promised)
+            assert began, "it needs less than what fits"
+            entry.on(SequenceEvent.ADMIT_ALONE if entry.alone else SequenceEvent.ADMIT)
             self._active[entry.arrival] = entry
-            admitted.append(Admitted(*entry.key, entry.sequence.num_matched))
+            admitted.append(Admitted(entry.sequence.request, entry.sequence.num_matched, self._num_prompt_blocks(entry.sequence)))
             return Answer.STARTED
 
         self._line.serve(start)
@@ -163,45 +142,44 @@ class DecodeScheduler:
         The caller stamps the generations before the first write. The sequence must be ADMITTED or PULLING; its reservation is firm now.
         """
         entry = self._entry(key)
-        if entry.stage is Stage.ADMITTED:
-            entry.to(Stage.PULLING)
-        assert entry.stage is Stage.PULLING
+        entry.on(SequenceEvent.BIND)
         assert 0 <= count <= self._num_prompt_blocks(entry.sequence) - len(entry.sequence.block_ids)
         return entry.sequence.extend(self._pool, count)
 
     def start(self, key: Key, first_token: TokenEvent) -> TokenEvent:
         """All prompt blocks are pulled and verified on every rank: the sequence joins the batch with the token prefill drew.
 
-        Returns the event that repeats this token; if it finishes the request, the sequence is over.
-        Raises InternalError, and changes nothing, if the token is not the one after prompt and emitted tokens.
+        Returns the event that repeats this token; if it finishes the request, the sequence is over. That the token is the one after
+        prompt and emitted tokens is the pull's to check.
         """
         entry = self._entry(key)
         sequence = entry.sequence
-        expected = len(sequence.request.emitted_ids)
-        if first_token.output_index != expected:
-            raise InternalError(f"request {key[0]}: prefill drew output token {first_token.output_index}, not {expected}", stage="pull")
+        assert first_token.output_index == len(sequence.request.emitted_ids)
         assert len(sequence.block_ids) == self._num_prompt_blocks(sequence), "not all prompt blocks are bound"
-        entry.to(Stage.RUNNING)
+        entry.on(SequenceEvent.PULLED)
         sequence.num_computed = len(sequence.token_ids)
         sequence.enter_tree(self._pool)
         sequence.token_ids += first_token.token_ids
         if first_token.finish_reason:
-            self._end(entry)
-        return TokenEvent(*key, expected, first_token.token_ids, first_token.logprobs, first_token.finish_reason)
+            self._end(entry, SequenceEvent.FINISH)
+        return first_token
 
     def plan(self, blocked: AbstractSet[Key] = frozenset()) -> Batch:
-        """One token for every running sequence but the `blocked` ones (no credits); empty if there is none.
+        """One token for every running sequence but the `blocked` ones (no credits), then chunks of prompts; empty if there is neither.
 
         May suspend sequences: the caller asks `take_suspended` next.
         """
         assert not self._planned, "the step before was not applied"
-        new_blocks: list[tuple[int, int]] = []
-        for entry in self._runnable(blocked):
+        step = StepPlan()
+        for entry in self._ready(Stage.RUNNING, blocked):
             # Victims are younger or the entry itself: what was planned so far stays.
-            if entry.stage is Stage.RUNNING and self._grow(entry, new_blocks):
-                entry.in_step = True
-                self._planned.append(entry)
-        return Batch.build([_row(entry.sequence) for entry in self._planned], new_blocks)
+            if entry.stage is Stage.RUNNING and self._has_room(entry):
+                self._compute(step, entry, 1)
+        chunks = Shares.of(self._max_step_tokens, self._ready(Stage.COMPUTING, blocked))
+        chunks.serve(math.inf)
+        for entry, count in chunks.given:
+            self._compute(step, entry, count)
+        return step.batch()
 
     def take_suspended(self) -> tuple[Key, ...]:
         """Sequences suspended since the last call: their blocks are given up, and the router must be told to send them again.
@@ -212,22 +190,25 @@ class DecodeScheduler:
         return suspended
 
     def apply(self, sampled: Sampled) -> tuple[TokenEvent, ...]:
-        """The planned step is done: one event per sequence that is still wanted. Those whose logits were no numbers are `take_failed`."""
+        """The planned step is done: one event per sequence that is still wanted and whose prompt is computed.
+
+        Those whose logits were no numbers are `take_failed`.
+        """
         planned, self._planned = self._planned, []
         events: list[TokenEvent] = []
-        for row, entry in enumerate(planned):
+        for entry, part in planned:
+            failed = part.sampled_row in sampled.failed_rows
             entry.in_step = False
-            entry.sequence.num_computed += 1
-            if row in sampled.failed_rows:  # what it wrote must not reach others through the tree
-                self._fail(entry)
-                continue
-            entry.sequence.enter_tree(self._pool)
-            if entry.stage is Stage.RUNNING:
-                event = entry.sequence.event(sampled, row)
-                entry.sequence.token_ids += event.token_ids
-                events.append(event)
-            if entry.stage is Stage.ENDING or events[-1].finish_reason:
-                self._end(entry)
+            entry.sequence.num_computed = part.end
+            if not failed:  # else what it wrote must not reach others through the tree
+                entry.sequence.enter_tree(self._pool)
+            if entry.stage is Stage.ENDING:
+                self._end(entry, SequenceEvent.STEP_DONE)
+            elif failed:
+                self._failed.append(entry.key)
+                self._end(entry, SequenceEvent.FAIL)
+            elif part.sampled_row is not None:
+                events.append(self._drawn(entry, sampled, part.sampled_row))
         return tuple(events)
 
     def take_failed(self) -> tuple[Key, ...]:
@@ -235,41 +216,42 @@ class DecodeScheduler:
         failed, self._failed = tuple(self._failed), []
         return failed
 
-    def _fail(self, entry: _Entry) -> None:
-        if entry.stage is Stage.RUNNING:
-            self._failed.append(entry.key)
-        self._end(entry)
+    def cancel(self, key: Key, *, quarantine: bool) -> bool:
+        """This attempt is over; whether it was here and not over before.
 
-    def cancel(self, request_id: str, attempt: int, *, quarantine: bool) -> bool:
-        """This attempt and all before it are over; whether there were any.
-
-        quarantine: bound blocks of those that are PULLING may still be written; they wait for `quiesced`.
+        quarantine: its bound blocks, if it is PULLING, may still be written; they wait for `quiesced`.
         Blocks that the planned step writes are given up by apply.
         """
-        attempts = self._entries.get(request_id, {})
-        over = [entry for number, entry in sorted(attempts.items()) if number <= attempt and entry.stage is not Stage.QUARANTINED]
-        for entry in over:
-            if quarantine and entry.stage is Stage.PULLING:
-                self._quarantine(entry)
-            else:
-                self._end(entry)
-        return bool(over)
+        stage = self.stage(key)
+        if stage in (None, Stage.ENDING, Stage.QUARANTINED):
+            return False
+        entry = self._entry(key)
+        if entry.in_step:
+            del self._active[entry.arrival]
+            entry.on(SequenceEvent.GIVE_UP_IN_STEP)
+        elif quarantine and stage is Stage.PULLING:
+            self._quarantine(entry)
+        else:
+            self._end(entry, SequenceEvent.GIVE_UP)
+        return True
 
     def quiesced(self, key: Key) -> None:
         """No write can land in the quarantined blocks of this sequence any more. Ignored if it has none."""
         if self.stage(key) is Stage.QUARANTINED:
             entry = self._entry(key)
             self._pool.unquarantine(entry.foreign)
-            self._end(entry)
+            self._end(entry, SequenceEvent.QUIESCED)
 
     def load(self) -> DecodeLoad:
         """How busy this group is. O(sequences)."""
+        computing = [entry for entry in self._active.values() if entry.stage is Stage.COMPUTING]
         running = sum(entry.stage is Stage.RUNNING for entry in self._active.values())
         return DecodeLoad(
             waiting=len(self._line),
-            pulling=len(self._active) - running,
+            pulling=len(self._active) - running - len(computing),
+            computing=len(computing),
             running=running,
-            waiting_tokens=sum(len(entry.sequence.token_ids) for entry in self._line.items()),
+            waiting_tokens=sum(entry.num_left for entry in (*self._line.items(), *computing)),
         )
 
     def idle(self) -> bool:
@@ -293,30 +275,55 @@ class DecodeScheduler:
         left = sequence.request.sampling.max_tokens - len(sequence.request.emitted_ids)
         return blocks_for(len(sequence.token_ids) + min(left, self._reserve_output_tokens), self._pool.block_size)
 
+    def _outgrown(self, sequence: Sequence) -> bool:
+        """Whether it has taken all that was promised, and may need more."""
+        most = len(sequence.request.prompt_ids) + sequence.request.sampling.max_tokens
+        return not sequence.reserved and len(sequence.block_ids) < blocks_for(most, self._pool.block_size)
+
     def _num_prompt_blocks(self, sequence: Sequence) -> int:
         return blocks_for(len(sequence.token_ids), self._pool.block_size)
 
-    def _runnable(self, blocked: AbstractSet[Key]) -> list[_Entry]:
-        return [entry for _, entry in sorted(self._active.items()) if entry.stage is Stage.RUNNING and entry.key not in blocked]
+    def _ready(self, stage: Stage, blocked: AbstractSet[Key]) -> list[_Entry]:
+        return [entry for _, entry in sorted(self._active.items()) if entry.stage is stage and entry.key not in blocked]
 
-    def _grow(self, entry: _Entry, new_blocks: list[tuple[int, int]]) -> bool:
-        """Make sure the next token has a slot, suspending others if it must; False if the entry itself was suspended."""
+    def _compute(self, step: StepPlan, entry: _Entry, count: int) -> None:
+        self._planned.append((entry, step.add(self._pool, entry.sequence, count)))
+        entry.in_step = True
+
+    def _drawn(self, entry: _Entry, sampled: Sampled, row: int) -> TokenEvent:
+        """The token after the last one; after a prompt that was computed here, with how much of it was cached."""
         sequence = entry.sequence
-        if len(sequence.block_ids) * self._pool.block_size >= len(sequence.token_ids):
+        cached = sequence.num_matched * self._pool.block_size if entry.stage is Stage.COMPUTING else None
+        event = sequence.event(sampled, row, cached)
+        entry.on(SequenceEvent.TOKEN)
+        sequence.token_ids += event.token_ids
+        if event.finish_reason:
+            self._end(entry, SequenceEvent.FINISH)
+        return event
+
+    def _has_room(self, entry: _Entry) -> bool:
+        """Make sure the next token has a slot, suspending others if it must; False if the entry itself was suspended or sits out."""
+        sequence = entry.sequence
+        if len(sequence.block_ids) * self._pool.block_size >= len(sequence.token_ids) or sequence.reserved:
             return True
-        while not sequence.reserved and not self._pool.available():
+        while not self._pool.available():
             victim = self._victim()
+            if victim is None:
+                return False
             self._suspended.append(victim.key)
-            self._end(victim)
+            self._end(victim, SequenceEvent.SUSPEND)
             if victim is entry:
                 return False
-        new_blocks += sequence.extend(self._pool, 1)
         return True
 
-    def _victim(self) -> _Entry:
-        """The youngest sequence whose reservation is not firm yet, else the youngest running one."""
-        ranked = sorted(self._active.values(), key=lambda entry: (entry.stage is Stage.ADMITTED, entry.arrival))
-        return next(entry for entry in reversed(ranked) if entry.stage in (Stage.ADMITTED, Stage.RUNNING))
+    def _victim(self) -> _Entry | None:
+        """The youngest whose reservation is not firm yet, else the youngest that computes, unless it is the only one."""
+        by_age = [entry for _, entry in sorted(self._active.items())]
+        promised = [entry for entry in by_age if entry.stage is Stage.ADMITTED]
+        compute = [entry for entry in by_age if entry.stage in COMPUTE]
+        if promised:
+            return promised[-1]
+        return compute[-1] if len(compute) > 1 else None
 
     def _quarantine(self, entry: _Entry) -> None:
         sequence = entry.sequence
@@ -325,27 +332,17 @@ class DecodeScheduler:
         self._pool.quarantine(entry.foreign)
         sequence.drop(self._pool)
         del self._active[entry.arrival]
-        entry.to(Stage.QUARANTINED)
+        entry.on(SequenceEvent.GIVE_UP_IN_READ)
 
-    def _end(self, entry: _Entry) -> None:
-        """The sequence is over: give up its blocks now, or after the step that writes them."""
+    def _end(self, entry: _Entry, event: SequenceEvent) -> None:
+        """The sequence is over: give up its blocks."""
         if entry.stage is Stage.WAITING:
             self._line.leave(entry.arrival)
         self._active.pop(entry.arrival, None)
-        if entry.in_step:
-            if entry.stage is Stage.RUNNING:
-                entry.to(Stage.ENDING)
-            return
-        entry.to(Stage.ENDED)
+        entry.on(event)
+        assert SEQUENCE_LIFE.ends(entry.stage)
         entry.sequence.drop(self._pool)
-        self._forget(entry.sequence.request)
-
-    def _forget(self, request: SequenceRequest) -> None:
-        attempts = self._entries[request.request_id]
-        del attempts[request.attempt]
-        if not attempts:
-            del self._entries[request.request_id]
-
-
-def _row(sequence: Sequence) -> Row:
-    return Row(sequence.token_ids[-1:], sequence.num_computed, sequence.block_ids, sequence.sample_row())
+        request_id, attempt = entry.key
+        del self._entries[request_id][attempt]
+        if not self._entries[request_id]:
+            del self._entries[request_id]

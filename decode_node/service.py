@@ -42,7 +42,9 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
             case "decode":
                 self._decode(session, command.decode)
             case "cancel":
-                self._leader.desk.cancel(command.cancel.request_id, command.cancel.attempt, command.cancel.reason)
+                self._leader.desk.cancel(session, command.cancel.request_id, command.cancel.attempt, command.cancel.reason)
+            case "check":
+                self._leader.desk.check(session, command.check.request_id, command.check.attempt)
             case "flush":
                 session.flushed(command.flush.number, self._leader.pool.drop_cache())
 
@@ -57,7 +59,9 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
         self._leader.decode(session, request, source, sequence.time_left_s)
 
 
-def _source(message: node_pb2.DecodeRequest) -> PullSource:
+def _source(message: node_pb2.DecodeRequest) -> PullSource | None:
+    if not message.HasField("lease"):
+        return None
     return PullSource(
         address=message.transfer_address,
         incarnation=message.lease.prefill_incarnation,

@@ -14,11 +14,12 @@ import grpc
 from baton import rpc
 from baton.config import PROTOCOL_VERSION
 from baton.deadline import Deadline
-from baton.errors import BatonError, Cancelled, DeadlineExceeded, Incompatible, LeaseLost, NodeLost
+from baton.errors import BatonError, Cancelled, DeadlineExceeded, Incompatible, InvalidRequest, LeaseLost, NodeLost
 from baton.v1 import inference_pb2, node_pb2, transfer_pb2, transfer_pb2_grpc
-from baton.wire import finish_from_message, logprob_from_message
+from baton.wire import error_from_message, finish_from_message, logprob_from_message
 from kv_transfer.layout import KVLayout
 from kv_transfer.lease import Announced, FinalToken
+from kv_transfer.nonsense import nonsense
 from kv_transfer.transport import NONCE_BYTES, Export
 
 OpenChannel = Callable[[str], grpc.aio.Channel]
@@ -42,12 +43,20 @@ class _Line:
     address: str
     channel: grpc.aio.Channel
     open_pulls: int = 0
+    closed: bool = False
+
+    async def hang_up(self) -> None:
+        """Close the channel, once."""
+        if not self.closed:
+            self.closed = True
+            await self.channel.close(None)
 
 
 class Lines:
-    """One line per address; a node that comes back has another, and nobody says that the old one is dead.
+    """One line per address. A line on which a peer was lost is taken by no further Pull, and closed when its last one ends.
 
-    So at most `most` are kept, apart from those in use. A line is closed when a Pull ends and too many are left, or by `close`.
+    But of a node that went away while no Pull was open nobody hears, and when it comes back it has another address: so at most `most`
+    are kept, apart from those in use. A line is also closed when a Pull ends and too many are left, and by `close`.
     """
 
     def __init__(self, open_channel: OpenChannel, most: int) -> None:
@@ -65,19 +74,26 @@ class Lines:
         line.open_pulls += 1
         return line
 
-    async def give_back(self, line: _Line) -> None:
-        """One Pull has ended."""
+    async def give_back(self, line: _Line, *, lost: bool = False) -> None:
+        """One Pull has ended; lost: because its peer was."""
         line.open_pulls -= 1
-        gone = surplus({address: known.open_pulls for address, known in self._lines.items()}, self._most)
+        if lost and self._lines.get(line.address) is line:
+            del self._lines[line.address]
         # All at once, before anybody else runs: one that is still listed while another is closed could be taken by a new Pull.
-        for closing in [self._lines.pop(address) for address in gone]:
-            await closing.channel.close(None)
+        for closing in self._superfluous(line):
+            await closing.hang_up()
+
+    def _superfluous(self, line: _Line) -> list[_Line]:
+        if self._lines.get(line.address) is not line:
+            return [] if line.open_pulls else [line]
+        gone = surplus({address: known.open_pulls for address, known in self._lines.items()}, self._most)
+        return [self._lines.pop(address) for address in gone]
 
     async def close(self) -> None:
         """Close all; Pulls end with NodeLost."""
         lines, self._lines = self._lines, {}
         for line in lines.values():
-            await line.channel.close(None)
+            await line.hang_up()
 
 
 class PullClient:
@@ -129,6 +145,7 @@ class Pull:
         self._line: _Line | None = None
         self._call: PullCall | None = None
         self._complete = False
+        self._lost = False  # the peer: another Pull should try another channel
 
     async def __aenter__(self) -> Self:
         self._line = self._lines.take(self._address)
@@ -146,7 +163,7 @@ class Pull:
     async def _leave(self) -> None:
         assert self._call is not None and self._line is not None
         self._call.cancel()
-        await self._lines.give_back(self._line)
+        await self._lines.give_back(self._line, lost=self._lost)
 
     def __aiter__(self) -> Self:
         return self
@@ -182,6 +199,7 @@ class Pull:
         except TimeoutError as error:
             if self._deadline.passed():
                 raise DeadlineExceeded("no time left for the Pull", stage="pull", node=self._address) from error
+            self._lost = True
             message = f"{self._address} has not answered the Pull within {self._handshake_s} s"
             raise NodeLost(message, stage="pull", node=self._address, cause="handshake") from error
         if reply.WhichOneof("reply") != answer:
@@ -192,20 +210,23 @@ class Pull:
         try:
             reply = await self._call.read()
         except grpc.RpcError as error:
-            raise self._lost(error) from error
+            raise self._broken(error) from error
         if not isinstance(reply, transfer_pb2.PullReply):
             raise NodeLost(f"{self._address} has closed the Pull", stage="pull", node=self._address)
         if reply.WhichOneof("reply") == "error":
             raise _refused(reply.error)
         return reply
 
-    def _lost(self, error: grpc.RpcError) -> BatonError:
+    def _broken(self, error: grpc.RpcError) -> BatonError:
         """What a broken stream stands for; nobody but the node itself cancels it from the other end, when it goes down."""
         cause = rpc.to_error(error, stage="pull", node=self._address)
-        return NodeLost(cause.message, stage="pull", node=self._address) if isinstance(cause, Cancelled) else cause
+        if isinstance(cause, Cancelled):
+            cause = NodeLost(cause.message, stage="pull", node=self._address)
+        self._lost |= isinstance(cause, NodeLost)
+        return cause
 
     def _nonsense(self, reply: transfer_pb2.PullReply) -> BatonError:
-        return Incompatible(f"{self._address} answers a Pull with {reply.WhichOneof('reply')}", stage="pull", node=self._address)
+        return nonsense(f"{self._address} answers a Pull with {reply.WhichOneof('reply')}", node=self._address)
 
 
 def _refused(detail: inference_pb2.ErrorDetail) -> BatonError:
@@ -213,8 +234,9 @@ def _refused(detail: inference_pb2.ErrorDetail) -> BatonError:
 
     Peers that do not understand each other are no better off with another lease.
     """
-    kind = Incompatible if detail.cause == Incompatible.default_cause else LeaseLost
-    return kind(detail.message, stage=detail.stage, node=detail.node, cause=detail.cause)
+    said = error_from_message(detail, LeaseLost)
+    kind = Incompatible if said.cause == Incompatible.default_cause else LeaseLost
+    return kind(said.message, stage=said.stage, node=said.node, cause=said.cause)
 
 
 def layout_of(message: node_pb2.KVLayout) -> KVLayout:
@@ -250,16 +272,20 @@ def export_of(message: node_pb2.ExportHandle) -> Export:
 
 
 def _announced_of(message: transfer_pb2.Announcement) -> Announced:
+    """Raises Incompatible for what no announcement can hold, whatever was announced before."""
     if len(message.block_ids) != len(message.generations):
-        raise Incompatible("an announcement has not one generation per block", stage="pull")
+        raise nonsense(f"a source announces {len(message.block_ids)} blocks with {len(message.generations)} generations")
     final = _final_of(message.final) if message.HasField("final") else None
     return Announced(message.first_block, tuple(message.block_ids), tuple(message.generations), final)
 
 
 def _final_of(message: transfer_pb2.FinalToken) -> FinalToken:
-    return FinalToken(
-        output_index=message.output_index,
-        token_id=message.token_id,
-        logprob=logprob_from_message(message.logprob) if message.HasField("logprob") else None,
-        finish_reason=finish_from_message(message.finish_reason),
-    )
+    try:
+        return FinalToken(
+            output_index=message.output_index,
+            token_id=message.token_id,
+            logprob=logprob_from_message(message.logprob) if message.HasField("logprob") else None,
+            finish_reason=finish_from_message(message.finish_reason),
+        )
+    except InvalidRequest as error:  # not the client's fault
+        raise nonsense(f"a source's final token makes no sense: {error.message}") from error

@@ -12,6 +12,8 @@ AXES = ("block", "layer", "part", "head", "slot", "dim")
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_BYTES = 2**63 - 1  # offsets are int64
 MAX_PARTS = 8
+MAX_SOURCES = 1024  # ranks of one node
+_MAX_NAME_CHARS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,11 @@ class KVLayout:
     model_num_kv_heads: int
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.part_dims) <= MAX_PARTS:  # too many even to describe
+        # What is too much even to be described:
+        if not 1 <= len(self.part_dims) <= MAX_PARTS:
             raise Incompatible(f"a KV layout has 1 to {MAX_PARTS} parts, this one {len(self.part_dims)}", cause="kv_layout")
+        if len(self.axes) > len(AXES) or max(map(len, (*self.axes, self.dtype))) > _MAX_NAME_CHARS:
+            raise Incompatible("a KV layout has axes or a dtype that nobody knows", cause="kv_layout")
         problem = self._problem()
         if problem:
             raise Incompatible(f"{problem} in KV layout {self.describe()}", cause="kv_layout")
@@ -145,6 +150,8 @@ class KVLayout:
 
 def check_compatible(sources: Sequence[KVLayout], target: KVLayout) -> None:
     """Raise Incompatible, naming both sides, unless `target` can be filled from `sources`."""
+    if len(sources) > MAX_SOURCES:
+        raise Incompatible(f"{len(sources)} source ranks; {MAX_SOURCES} are the most", cause="kv_layout")
     wanted = target.shared()
     for source in sources:
         differing = [name for name, value in source.shared().items() if value != wanted[name]]
@@ -155,7 +162,7 @@ def check_compatible(sources: Sequence[KVLayout], target: KVLayout) -> None:
             )
     missing = [(layer, head) for layer in target.layers for head in target.heads if not any(s.owns(layer, head) for s in sources)]
     if missing:
-        described = "; ".join(source.describe() for source in sources) or "none"
+        described = "; ".join(source.describe() for source in sources[:4]) or "none"
         raise Incompatible(
             f"no source holds KV (layer, head) {missing[0]} and {len(missing) - 1} more: sources {described}; target {target.describe()}",
             cause="kv_layout",

@@ -1,10 +1,5 @@
 """A prefill's promise to keep blocks readable, as a state machine. Pure: time comes in as an argument, effects go out as values.
 
-                 pull first            open            final announcement          release (highest attempt)
-    (unknown) ──────────────▶ EXPECTED ─────▶ OPEN ─────────────────────▶ COMPLETE ───────────▶ RELEASED
-        └──────────────────── open ──────────▲  ▲────────── rewind ──────────┤
-                                                └───────── expire · fail ────┴──▶ EXPIRED, FAILED
-
 A *link* is one open Pull stream, named by its attempt. Its peer may read blocks until the link has closed, so a lease that ended
 is *settled*, and its blocks may be used again, only when it has no link any more: a timer alone never frees a block.
 A settled lease leaves a tombstone, so that late messages about it are answered instead of awaited.
@@ -21,12 +16,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from baton.errors import BatonError, InternalError, InvalidRequest, LeaseLost, ResourceExhausted
+from baton.errors import BatonError, InvalidRequest, LeaseLost, ResourceExhausted
+from baton.lifecycle import Lifecycle
 from baton.request import FinishReason, TokenEvent, TokenLogprob
 
 
 class LeaseState(enum.Enum):
-    """Where a lease is in its life."""
+    """Where a lease is in its life. Also one whose request comes first is EXPECTED, for no longer than `LeaseTable.open` takes."""
 
     EXPECTED = "expected"  # a Pull came before its request
     OPEN = "open"  # computing, announcing
@@ -54,15 +50,19 @@ class LeaseEvent(enum.Enum):
 
 
 _ENDS = {LeaseEvent.EXPIRE: LeaseState.EXPIRED, LeaseEvent.FAIL: LeaseState.FAILED}
-TRANSITIONS = {
-    (LeaseState.EXPECTED, LeaseEvent.OPEN): LeaseState.OPEN,
-    (LeaseState.OPEN, LeaseEvent.ANNOUNCE): LeaseState.OPEN,
-    (LeaseState.OPEN, LeaseEvent.FINISH): LeaseState.COMPLETE,
-    (LeaseState.OPEN, LeaseEvent.REWIND): LeaseState.OPEN,
-    (LeaseState.COMPLETE, LeaseEvent.REWIND): LeaseState.OPEN,
-    (LeaseState.COMPLETE, LeaseEvent.RELEASE): LeaseState.RELEASED,
-    **{(state, event): end for state in LeaseState if not state.ended for event, end in _ENDS.items()},
-}
+LEASE_LIFE = Lifecycle(
+    "lease",
+    LeaseState.EXPECTED,
+    {
+        (LeaseState.EXPECTED, LeaseEvent.OPEN): LeaseState.OPEN,
+        (LeaseState.OPEN, LeaseEvent.ANNOUNCE): LeaseState.OPEN,
+        (LeaseState.OPEN, LeaseEvent.FINISH): LeaseState.COMPLETE,
+        (LeaseState.OPEN, LeaseEvent.REWIND): LeaseState.OPEN,
+        (LeaseState.COMPLETE, LeaseEvent.REWIND): LeaseState.OPEN,
+        (LeaseState.COMPLETE, LeaseEvent.RELEASE): LeaseState.RELEASED,
+        **{(state, event): end for state in LeaseState if not state.ended for event, end in _ENDS.items()},
+    },
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,8 @@ class Lease:
     """One lease. Owned by its LeaseTable; ends by release, failure or `deadline_s`, settles when its last link closes.
 
     attempt: the highest that has pulled, 0 before any. links: attempts whose Pull stream is open. opened: its request has come.
-    accepted: a decode group has reserved room for the reader. blocks: (id, generation) announced. error: why it failed.
+    accepted: a decode group has reserved room for the reader; no longer once that has left. blocks: (id, generation) announced.
+    error: why it failed.
     deadline_s: when it expires, on the caller's clock.
     """
 
@@ -128,14 +129,14 @@ class Lease:
 
     def apply(self, event: LeaseEvent) -> None:
         """The only way to change the state; raises InternalError for an event that cannot happen in it."""
-        following = TRANSITIONS.get((self.state, event))
-        if following is None:
-            raise InternalError(f"lease {self.number} is {self.state.value}: {event.value} is impossible", stage="prefill")
-        self.state = following
+        self.state = LEASE_LIFE.after(self.state, event)
 
     def announced_from(self, first_block: int) -> Announced:
-        """Everything announced so far, from a block of the prompt on."""
+        """Everything announced so far, from a block of the prompt on. Raises InvalidRequest if the prompt is known to end before it."""
         blocks = self.blocks[first_block:]
+        if self.state is LeaseState.COMPLETE and first_block > len(self.blocks):
+            why = f"a Pull says that it has {first_block} blocks of a prompt of {len(self.blocks)}"
+            raise InvalidRequest(why, stage="pull", cause="have_blocks")
         final = self.final if self.state is LeaseState.COMPLETE else None
         return Announced(first_block, tuple(block for block, _ in blocks), tuple(generation for _, generation in blocks), final)
 
@@ -145,14 +146,24 @@ class LeaseTable:
 
     lease_s: a complete lease expires this long after the last announcement or pull. handshake_s: how long a Pull waits for its request.
     Tombstones: at most max_tombstones (the oldest goes first), kept tombstone_s, which should outlive a request.
+    max_links: so many Pulls may be open at a time; fewer than leases, so that Pulls of unknown numbers leave room for requests.
     """
 
     def __init__(
-        self, *, lease_s: float, handshake_s: float, max_leases: int = 4096, max_tombstones: int = 8192, tombstone_s: float = 600.0
+        self,
+        *,
+        lease_s: float,
+        handshake_s: float,
+        max_leases: int = 4096,
+        max_links: int = 2048,
+        max_tombstones: int = 8192,
+        tombstone_s: float = 600.0,
     ) -> None:
         self.lease_s = lease_s
         self.handshake_s = handshake_s
         self.max_leases = max_leases
+        self.max_links = max_links
+        self.num_links = 0
         self.max_tombstones = max_tombstones
         self.tombstone_s = tombstone_s
         self._leases: dict[int, Lease] = {}
@@ -182,13 +193,21 @@ class LeaseTable:
         return lease
 
     def accept(self, number: int) -> None:
-        """A decode group has reserved room for the reader; too late is no error."""
+        """A decode group has reserved room for the reader; too late is no error, and too early counts for nothing: the scheduler of
+        prompts, which must be of one mind with this table, does not know the lease yet."""
         lease = self._leases.get(number)
-        if lease:
+        if lease and lease.opened:
             lease.accepted = True
 
     def pull(self, number: int, attempt: int, now_s: float) -> Lease:
-        """A link opens and fences all with lower attempts. Raises LeaseLost if it is fenced itself or the lease is gone."""
+        """A link opens and fences all with lower attempts. Raises LeaseLost if it is fenced itself or the lease is gone.
+
+        ResourceExhausted for more links or leases than may be, InvalidRequest for an attempt that cannot be.
+        """
+        if attempt < 1:
+            raise InvalidRequest("attempts are counted from 1", stage="pull", cause="attempt")
+        if self.num_links >= self.max_links:
+            raise ResourceExhausted(f"{self.max_links} Pulls are open", stage="pull", cause="pulls", retry_after_s=1.0)
         self._refuse_dead(number, now_s)
         lease = self._leases.get(number)
         if lease is None:
@@ -197,6 +216,7 @@ class LeaseTable:
         self._refuse_fenced(lease, attempt)
         lease.attempt = attempt
         lease.links.add(attempt)
+        self.num_links += 1
         self._touch(lease, now_s)
         return lease
 
@@ -224,7 +244,7 @@ class LeaseTable:
             raise LeaseLost(f"lease {number} is {lease.state.value}, attempt {attempt} is fenced by {lease.attempt}", stage="pull")
         if lease.state is not LeaseState.COMPLETE:
             raise InvalidRequest(f"lease {number} is still {lease.state.value}: its final announcement was not read", stage="pull")
-        lease.links.discard(attempt)  # the release says that its reads have ended, before its stream does
+        self._unlink(lease, attempt)  # the release says that its reads have ended, before its stream does
         self._end(lease, LeaseEvent.RELEASE, now_s)
         return lease
 
@@ -233,7 +253,8 @@ class LeaseTable:
         lease = self._leases.get(number)
         if lease is None or attempt not in lease.links:
             return
-        lease.links.discard(attempt)
+        self._unlink(lease, attempt)
+        lease.accepted &= bool(lease.links)  # whoever had room for the reader read it no further
         self._touch(lease, now_s)
         self._settle(lease, now_s)
 
@@ -280,6 +301,10 @@ class LeaseTable:
             raise ResourceExhausted(f"{self.max_leases} leases are held", stage="prefill", cause="leases", retry_after_s=1.0)
         lease = self._leases[number] = Lease(number, LeaseState.EXPECTED, math.inf)
         return lease
+
+    def _unlink(self, lease: Lease, attempt: int) -> None:
+        lease.links.remove(attempt)
+        self.num_links -= 1
 
     def _touch(self, lease: Lease, now_s: float) -> None:
         if lease.state is LeaseState.COMPLETE:

@@ -68,7 +68,12 @@ class MemoryReads:
         return self._view
 
     def verify(self, check: Check) -> None:
-        """Raise NodeLost or LeaseLost unless the source lives and holds what was announced."""
+        """Raise NodeLost or LeaseLost unless the source lives and holds what was announced.
+
+        Whoever gives a block another content stamps its generation first: so a copy that has any of it finds the stamp afterwards.
+        Between the last slice and this there is a turn of the thread, in which the interpreter's lock is given up and taken again:
+        that keeps copy and look in this order also on processors that reorder loads (arm64).
+        """
         lost = self._lost()
         if lost is not None:
             raise lost

@@ -151,8 +151,10 @@ class Pool:
 
 
 def map_readonly(fd: int) -> View:
-    """Map a pool handed over by its owner; closes `fd`. Raises Incompatible if it is none."""
+    """Map a pool handed over by its owner; closes `fd`. Raises Incompatible if it is none, or could still be made shorter under us."""
     try:
+        if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            raise ValueError("it is not sealed against shrinking, which would kill its readers")
         mapping = mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
     except (OSError, ValueError) as error:
         raise Incompatible(f"cannot map the KV pool: {error}", stage="pull", cause="kv_pool") from error

@@ -11,6 +11,7 @@ from baton.deadline import Deadline
 from baton.errors import BatonError, Cancelled, Incompatible, InvalidRequest, LeaseLost
 from kv_transfer.choose import Transport, connect, host_id
 from kv_transfer.layout import KVLayout
+from kv_transfer.nonsense import nonsense
 from kv_transfer.pool import Pool
 from kv_transfer.reshard import SourceReads, plan, spans
 from kv_transfer.tcp_frame import MAX_BLOCKS
@@ -38,6 +39,12 @@ class Peer:
     def block_bytes(self) -> int:
         """Bytes that this rank reads per block."""
         return sum(reads.block_bytes for reads in self.reads)
+
+    def check_blocks(self, source_blocks: Sequence[int]) -> None:
+        """Raise Incompatible for a block that some source rank does not have: it was announced by a source that says what cannot be."""
+        num_blocks = min((self.exports[reads.source].layout.num_blocks for reads in self.reads), default=0)
+        if any(not 0 <= block < num_blocks for block in source_blocks):
+            raise nonsense(f"the source has {num_blocks} blocks, and announces others than those")
 
 
 class Reader:
@@ -92,13 +99,15 @@ class Reader:
         """Fill `target_blocks[i]` with what block `source_blocks[i]` held under `generations[i]`; returns at once.
 
         The ticket fails with LeaseLost, NodeLost, DeadlineExceeded, Cancelled or Unavailable; then the target blocks' bytes are anything.
-        Raises LeaseLost if the incarnation is not connected, InvalidRequest if a block is outside of a pool.
+        Raises LeaseLost if the incarnation is not connected, Incompatible if the source has no such block, InvalidRequest if this rank
+        has not, or for too many at once.
         """
         peer = self._peers.get(incarnation)
         if peer is None:
             raise LeaseLost("the prefill node's incarnation is not connected", stage="pull", cause="incarnation")
         if len(source_blocks) > MAX_BLOCKS:
             raise InvalidRequest(f"{len(source_blocks)} blocks in one read; {MAX_BLOCKS} are the most", stage="pull", cause="blocks")
+        peer.check_blocks(source_blocks)
         check = Check.of(source_blocks, generations)
         jobs = [(at, spans(reads.runs, source_blocks, target_blocks)) for at, reads in enumerate(peer.reads)]
         for at, job in jobs:

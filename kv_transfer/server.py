@@ -31,7 +31,9 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
     For every number given to `open`, exactly one `on_ended(number, state)` comes, possibly from within the call that ended it: from
     then on nobody reads the blocks. `on_opened(number)`: a decode pulls an opened lease. `on_closed(number)`: its last Pull went
     away without release, nobody reads its blocks now; the lease is held for another one until lease_s have passed.
-    drain_s: how long the peer of a fenced or ended lease may take to stop reading before its stream is closed for it.
+    drain_s: how long the peer of a fenced or ended lease may take to stop reading before its stream is closed for it. No stream
+    outlives its lease by more, whatever its peer does (it may be stopped, and not even take what is written): a read that it has still
+    under way finds other generations. max_pulls: more are refused.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         handshake_s: float = 5.0,
         drain_s: float = 30.0,
         max_leases: int = 4096,
+        max_pulls: int = 2048,
     ) -> None:
         self._incarnation = incarnation
         self._on_ended = on_ended
@@ -54,7 +57,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         self._node = node
         self._handshake_s = handshake_s
         self._drain_s = drain_s
-        self._table = LeaseTable(lease_s=lease_s, handshake_s=handshake_s, max_leases=max_leases)
+        self._table = LeaseTable(lease_s=lease_s, handshake_s=handshake_s, max_leases=max_leases, max_links=max_pulls)
         self._links: defaultdict[int, dict[int, _Link]] = defaultdict(dict)  # by number and attempt; each ends with its stream
         self._timer: asyncio.TimerHandle | None = None
         self._armed_s = math.inf
@@ -63,6 +66,10 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
     def num_leases(self) -> int:
         """Leases that have not settled."""
         return len(self._table)
+
+    def leases(self) -> tuple[Lease, ...]:
+        """Leases that have not settled, to be looked at and not changed."""
+        return tuple(lease for number in self._table.numbers() if (lease := self._table.get(number)))
 
     @property
     def num_pulls(self) -> int:
@@ -114,16 +121,21 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         except BatonError as error:
             await context.write(self._error_reply(error))
             return
+        serving = asyncio.create_task(self._serve(link, context))
         listening = asyncio.create_task(self._listen(request_iterator, link))
         try:
-            await self._serve(link, context)
+            await link.over.wait()  # at the latest at the lease's own deadline
             await asyncio.wait({listening}, timeout=self._drain_s)
+            self._close_link(link)
+            await asyncio.wait({serving}, timeout=self._drain_s)
         finally:
             self._close_link(link)
+            serving.cancel()
             listening.cancel()
-            await asyncio.wait({listening})
-            if not listening.cancelled():
-                listening.result()  # a bug in it is not lost
+            outcomes = await asyncio.gather(serving, listening, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome  # a bug in them is not lost
 
     async def _opening(self, requests: AsyncIterator[transfer_pb2.PullRequest]) -> transfer_pb2.PullOpen | None:
         try:
@@ -148,31 +160,28 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
 
     async def _serve(self, link: _Link, context: Context) -> None:
         """Write what the link should know, until its peer has released, has left, or is told that the lease is over."""
-        await context.write(transfer_pb2.PullReply(queued=transfer_pb2.PullQueued()))
-        while True:
+        try:
+            await context.write(transfer_pb2.PullReply(queued=transfer_pb2.PullQueued()))
+            while not link.over.is_set():
+                announced = link.news(self._table.get(link.number))
+                if announced is not None:
+                    await context.write(transfer_pb2.PullReply(announcement=_announcement_message(announced)))
+                else:
+                    await link.changed.wait()  # ended by the lease's own deadline at the latest
+                    link.changed.clear()
             if link.released:
                 await context.write(transfer_pb2.PullReply(released=transfer_pb2.Released()))
-                return
-            error = link.error or self._verdict(link)
-            if error is not None:
-                await context.write(self._error_reply(error))
-                return
-            if link.left:
-                return
-            announced = link.news(self._table.get(link.number))
-            if announced is not None:
-                await context.write(transfer_pb2.PullReply(announcement=_announcement_message(announced)))
-                continue
-            await link.changed.wait()  # ended by the lease's own deadline at the latest
-            link.changed.clear()
+            elif link.error is not None:
+                await context.write(self._error_reply(link.error))
+        finally:
+            link.over.set()
 
     async def _listen(self, requests: AsyncIterator[transfer_pb2.PullRequest], link: _Link) -> None:
         try:
             async for request in requests:
                 self._heard(link, request)
         finally:
-            link.left = True
-            link.changed.set()
+            link.end()
 
     def _heard(self, link: _Link, request: transfer_pb2.PullRequest) -> None:
         try:
@@ -180,8 +189,9 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
                 raise InvalidRequest("after open, a Pull takes only the release of its own attempt", stage="pull")
             self._table.release(link.number, link.attempt, now_s())
             link.released = True
+            link.end()
         except BatonError as error:
-            link.error = error
+            link.end(error)
         self._changed(link.number)
 
     def _verdict(self, link: _Link) -> BatonError | None:
@@ -198,8 +208,10 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         return None
 
     def _close_link(self, link: _Link) -> None:
-        links = self._links[link.number]
-        links.pop(link.attempt, None)
+        links = self._links.get(link.number, {})
+        if links.get(link.attempt) is not link:
+            return
+        del links[link.attempt]
         if not links:
             del self._links[link.number]
         lease = self._table.get(link.number)
@@ -212,6 +224,9 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         """Pass on what an event has brought about: to the links, to the node, to the clock."""
         for link in self._links.get(number, {}).values():
             link.changed.set()
+            error = self._verdict(link)
+            if error is not None:
+                link.end(error)
         for lease in self._table.take_settled():
             if lease.opened:
                 self._on_ended(lease.number, lease.state)
@@ -245,17 +260,28 @@ class _Link:
         self.number = number
         self.attempt = attempt
         self.released = False
-        self.left = False  # the peer has closed its side: its reads have ended
         self.error: BatonError | None = None
         self.changed = asyncio.Event()
+        self.over = asyncio.Event()  # released, refused, or its peer has left: its reads have ended, or must end now
         self._next_block = have_blocks
         self._all_told = False
 
+    def end(self, error: BatonError | None = None) -> None:
+        """Nothing more is to be told but the error, if there is one; the first word counts."""
+        if not self.over.is_set():
+            self.error = error
+        self.over.set()
+        self.changed.set()
+
     def news(self, lease: Lease | None) -> Announced | None:
-        """What the peer has not been told yet."""
+        """What the peer has not been told yet. One that says that it has more than there is ends."""
         if lease is None or self._all_told or not lease.opened:
             return None
-        announced = lease.announced_from(self._next_block)
+        try:
+            announced = lease.announced_from(self._next_block)
+        except InvalidRequest as error:
+            self.end(error)
+            return None
         if not announced.block_ids and announced.final is None:
             return None
         self._next_block += len(announced.block_ids)

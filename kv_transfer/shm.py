@@ -9,6 +9,7 @@ A process that is stopped, not dead, is left to the heartbeats: its memory is st
 from __future__ import annotations
 
 import hmac
+import logging
 import os
 import secrets
 import socket
@@ -18,11 +19,14 @@ from typing import Self
 
 from baton.deadline import Deadline
 from baton.errors import BatonError, Incompatible, NodeLost, Unavailable
+from baton.telemetry import Refusals
 from kv_transfer.listener import Listener
 from kv_transfer.memory import MemoryReads
 from kv_transfer.pool import Pool, View, map_readonly
 from kv_transfer.thread import READ, Timer, TransferThread
 from kv_transfer.transport import NONCE_BYTES, Check, Export, Spans, Ticket
+
+log = logging.getLogger(__name__)
 
 HELLO_S = 2.0
 _ACCEPTED = b"\1"
@@ -38,6 +42,7 @@ class ShmSource:
 
     def __init__(self, thread: TransferThread, pool: Pool, *, max_lines: int = 1024, hello_s: float = HELLO_S) -> None:
         assert pool.shared
+        self.refusals = Refusals("kv shm", log)
         self._max_lines = max_lines
         self._hello_s = hello_s
         self._thread = thread
@@ -62,15 +67,19 @@ class ShmSource:
 
     def _accept(self, sock: socket.socket) -> None:
         if len(self._lines) >= self._max_lines or _peer_uid(sock) != os.getuid():
+            self.refusals.add("lines", f"{len(self._lines)} are open, or it is another user's")
             sock.close()
             return
         sock.setblocking(False)
-        self._lines[sock] = self._thread.at(Deadline.after(self._hello_s), lambda: self._drop(sock))
+        self._lines[sock] = self._thread.at(Deadline.after(self._hello_s), lambda: self._refuse(sock, "late"))
         self._thread.watch(sock, READ, lambda _: self._hello(sock))
 
     def _hello(self, sock: socket.socket) -> None:
         """The nonce is answered with the memfd; anything else, the end included, ends the line."""
-        if not hmac.compare_digest(_received(sock), self._pool.nonce) or not self._hand_over(sock):
+        if not hmac.compare_digest(_received(sock), self._pool.nonce):
+            self._refuse(sock, "nonce")
+            return
+        if not self._hand_over(sock):
             self._drop(sock)
             return
         self._lines[sock].cancel()
@@ -88,6 +97,10 @@ class ShmSource:
         finally:
             os.close(fd)
         return True
+
+    def _refuse(self, sock: socket.socket, reason: str) -> None:
+        self.refusals.add(reason)
+        self._drop(sock)
 
     def _drop(self, sock: socket.socket) -> None:
         timer = self._lines.pop(sock, None)

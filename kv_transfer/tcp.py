@@ -37,10 +37,13 @@ class TcpDestination:
 
     @classmethod
     def connect(cls, thread: TransferThread, export: Export, target: memoryview) -> Self:
-        """Resolve the export's address. Blocks for that (not for the loop). Raises Unavailable if there is none."""
+        """Take the export's address, which is a number: nobody's name server is asked. Raises Unavailable if there is none."""
         host, _, port = export.tcp_address.rpartition(":")
         try:
-            family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+            if not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+                raise ValueError("no port")
+            found = socket.getaddrinfo(host.strip("[]") or "-", int(port), type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+            family, _, _, _, address = found[0]
         except (OSError, ValueError) as error:
             raise Unavailable(f"source rank {export.rank} has no tcp address ({export.tcp_address!r}: {error})", stage="pull") from error
         return cls(thread, export, family, address, target)

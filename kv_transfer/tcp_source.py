@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import socket
 from dataclasses import dataclass
 
 from baton.deadline import Deadline
 from baton.errors import Incompatible
+from baton.telemetry import Refusals
 from kv_transfer.listener import Listener
 from kv_transfer.pool import Pool
 from kv_transfer.tcp_frame import REQUEST, Request, RequestHeader, Status, pack_reply, pack_trailer
 from kv_transfer.tcp_socket import Iovec, receive, send, tune
 from kv_transfer.thread import READ, WRITE, Timer, TransferThread
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class TcpCounts:
-    """What has happened on one source, for metrics."""
+    """What has happened on one source, for metrics. What it refused is in its book of refusals."""
 
     connections: int = 0
     reads: int = 0
     bytes_sent: int = 0
     stale_reads: int = 0
-    refused_frames: int = 0
-    stalled: int = 0
 
 
 class TcpSource:
     """Listens for readers of one pool. Lives on the transfer thread; `close` ends the listener and every connection.
 
     A connection is made by a reader's connect and ends when the reader closes it, sends a frame that makes no sense or does not end
-    within frame_s (the first one, which proves that it is a reader, from the connect), takes not one byte for stall_s, or with us.
-    At most max_connections; more are closed at once.
+    within frame_s (the first one, which proves that it is a reader, from the connect), takes not one byte of an answer for stall_s or
+    not all of it for answer_s, or with us. At most max_connections; more are closed at once.
     """
 
     def __init__(
@@ -44,10 +46,13 @@ class TcpSource:
         max_connections: int = 1024,
         frame_s: float = 5.0,
         stall_s: float = 30.0,
+        answer_s: float = 300.0,
     ) -> None:
         self.counts = TcpCounts()
+        self.refusals = Refusals("kv tcp", log)
         self.frame_s = frame_s
         self.stall_s = stall_s
+        self.answer_s = answer_s
         self._max_connections = max_connections
         self.thread = thread
         self.view = pool.view
@@ -81,6 +86,7 @@ class TcpSource:
 
     def _accept(self, sock: socket.socket) -> None:
         if len(self._connections) >= self._max_connections:
+            self.refusals.add("connections", f"{len(self._connections)} are open, at most {self._max_connections} may be")
             sock.close()
         else:
             self.counts.connections += 1
@@ -93,7 +99,8 @@ class _Connection:
     def __init__(self, source: TcpSource, sock: socket.socket) -> None:
         self._source = source
         self._sock = sock
-        self._timer: Timer | None = source.thread.at(Deadline.after(source.frame_s), self.close)
+        self._timer: Timer | None = source.thread.at(Deadline.after(source.frame_s), self._late)
+        self._answered_by: Deadline | None = None
         self._header: RequestHeader | None = None
         self._request: Request | None = None
         self._moved = True
@@ -117,9 +124,8 @@ class _Connection:
         """Take one step; a peer that is gone or makes no sense ends the connection, nothing else."""
         try:
             self._receive() if self._request is None else self._send()
-        except Incompatible:
-            self._source.counts.refused_frames += 1
-            self.close()
+        except Incompatible as error:
+            self._refuse(error.cause, error.message)
         except OSError:
             self.close()
 
@@ -139,7 +145,7 @@ class _Connection:
 
     def _begin_frame(self) -> None:
         if self._timer is None and (self._header is not None or self._iovec.left_bytes < REQUEST.size):
-            self._timer = self._source.thread.at(Deadline.after(self._source.frame_s), self.close)
+            self._timer = self._source.thread.at(Deadline.after(self._source.frame_s), self._late)
 
     def _answer(self, request: Request) -> None:
         self._quiet()
@@ -153,6 +159,7 @@ class _Connection:
             views += [data[at : at + nbytes] for at, nbytes in zip(request.offsets.tolist(), request.nbytes.tolist(), strict=True)]
         self._trailer_added = status is not Status.OK
         self._iovec = Iovec(views)
+        self._answered_by = Deadline.after(self._source.answer_s)
         self._await_progress()
         self._source.thread.watch(self._sock, WRITE, self._ready)
         self._send()
@@ -179,20 +186,31 @@ class _Connection:
 
     def _await_request(self) -> None:
         self._quiet()
-        self._header = self._request = None
+        self._header = self._request = self._answered_by = None
         self._expect(REQUEST.size)
         self._source.thread.watch(self._sock, READ, self._ready)
 
     def _await_progress(self) -> None:
+        assert self._answered_by is not None
         self._moved = False
-        self._timer = self._source.thread.at(Deadline.after(self._source.stall_s), self._judge_progress)
+        look_again = self._answered_by.sooner(self._source.stall_s)
+        self._timer = self._source.thread.at(look_again, self._judge_progress)
 
     def _judge_progress(self) -> None:
-        if self._moved:
-            self._await_progress()
+        assert self._answered_by is not None
+        if not self._moved:
+            self._refuse("stalled", f"not a byte was taken for {self._source.stall_s:g} s")
+        elif self._answered_by.passed():
+            self._refuse("slow", f"an answer was not taken within {self._source.answer_s:g} s")
         else:
-            self._source.counts.stalled += 1
-            self.close()
+            self._await_progress()
+
+    def _late(self) -> None:
+        self._refuse("late", f"a request did not come to its end within {self._source.frame_s:g} s")
+
+    def _refuse(self, reason: str, detail: str) -> None:
+        self._source.refusals.add(reason, detail)
+        self.close()
 
     def _quiet(self) -> None:
         if self._timer is not None:

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baton.deadline import Deadline
-from baton.errors import BatonError, Cancelled, DeadlineExceeded, InvalidRequest
-from kv_transfer.layout import KVLayout
+from baton.errors import BatonError, Cancelled, DeadlineExceeded, Incompatible, InvalidRequest
+from kv_transfer.layout import MAX_BYTES, KVLayout
 
 Int64 = NDArray[np.int64]
 UInt64 = NDArray[np.uint64]
 NONCE_BYTES = 16
+MAX_ADDRESS_CHARS = 256
 
 
 class Span(NamedTuple):
@@ -67,8 +68,9 @@ class Spans:
         if int(self.nbytes.min()) <= 0 or int(self.source.min()) < 0 or int(self.target.min()) < 0:
             raise InvalidRequest("a span is empty or starts before its buffer", stage="pull", cause="span")
         for side, starts, limit in (("source", self.source, source_bytes), ("target", self.target, target_bytes)):
-            end = int((starts + self.nbytes).max())
-            if end > limit:
+            over = np.flatnonzero(starts > limit - self.nbytes)  # so, since a sum may be too large for an int64
+            if len(over):
+                end = int(starts[over[0]]) + int(self.nbytes[over[0]])
                 raise InvalidRequest(f"a span ends at byte {end} of a {side} buffer of {limit} bytes", stage="pull", cause="span")
 
 
@@ -100,6 +102,7 @@ class Export:
 
     host_id: equal on one host; a hint, proven by reading the nonce. shm_socket: abstract Unix socket ("@name") that hands over
     the memfd; tcp_address: host:port; each empty if not offered. nonce: 16 random bytes of this pool's life. pool_bytes: of data.
+    Raises Incompatible where the values name nothing that can exist, since they come from peers.
     """
 
     rank: int
@@ -109,6 +112,15 @@ class Export:
     tcp_address: str
     nonce: bytes
     pool_bytes: int
+
+    def __post_init__(self) -> None:
+        if len(self.nonce) != NONCE_BYTES:
+            raise Incompatible(f"the nonce of source rank {self.rank} has {len(self.nonce)} bytes", stage="pull", cause="nonce")
+        longest = max(map(len, (self.host_id, self.shm_socket, self.tcp_address)))
+        if longest > MAX_ADDRESS_CHARS:
+            raise Incompatible(f"an address of source rank {self.rank} has {longest} characters", stage="pull", cause="address")
+        if not 0 <= self.pool_bytes <= MAX_BYTES:
+            raise Incompatible(f"source rank {self.rank} exports {self.pool_bytes} bytes", stage="pull", cause="kv_pool")
 
 
 class Ticket:

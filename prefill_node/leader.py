@@ -5,6 +5,7 @@ Decisions are the scheduler's and the lease table's; this class carries them out
 
 from __future__ import annotations
 
+from baton.deadline import Deadline
 from baton.engine.batch import Batch, Sampled
 from baton.engine.blocks import BlockPool
 from baton.errors import BatonError, Cancelled, LeaseLost
@@ -28,7 +29,9 @@ class PrefillLeader:
         config = host.plan.config
         self._host = host
         self._node = host.plan.node
-        self.desk = Desk[int]("prefill", self._node, self._end)  # facts: the lease number, 0 if nobody will pull
+        self.membership = config.membership
+        # facts: the lease number, 0 if nobody will pull
+        self.desk = Desk[int]("prefill", self._node, self._end, vocab_size=host.vocab_size)
         self.pool = BlockPool(host.num_blocks, config.block_size)
         self.scheduler = PrefillScheduler(
             self.pool,
@@ -46,6 +49,7 @@ class PrefillLeader:
             node=self._node,
             lease_s=config.transfer.lease_s,
             handshake_s=config.transfer.handshake_s,
+            drain_s=config.transfer.read_s,
         )
         self.drive = Drive(host.step, host.wake_others, self)
         self.exports: tuple[Export, ...] = ()  # of all ranks of the node, once they are up
@@ -72,26 +76,31 @@ class PrefillLeader:
         )
 
     def prefill(self, session: Session, request: SequenceRequest, lease: int, time_left_s: float) -> None:
-        """Queue a request, in the place of its earlier attempts; refusals go back as its error."""
-        self.desk.cancel(request.request_id, request.attempt - 1, "a later attempt has come")
+        """Queue a request, in the place of its earlier attempts; refusals go back as its error. A doubled message changes nothing."""
         try:
-            self.desk.check_open()
-            self.scheduler.add(request, lease)
+            deadline = self.desk.admit(session, request, time_left_s)
+            if deadline is None:
+                return
+            self._take_in(request, lease, deadline)
         except BatonError as error:
             self.desk.refuse(session, request.key, error)
             return
-        entry = self.desk.open(session, request.key, time_left_s, lease)
-        try:
-            pulled = lease != 0 and self.transfer.open(lease, entry.deadline)
-        except BatonError as error:
-            self._drop(request.key)
-            self.desk.refuse(session, request.key, error)
-            return
+        self.desk.open(session, request, deadline, lease)
         if lease:
             self._by_lease[lease] = request.key
+        self.drive.poke()
+
+    def _take_in(self, request: SequenceRequest, lease: int, deadline: Deadline) -> None:
+        """The lease first: whoever pulls it already is told if there is no room for the request."""
+        pulled = lease != 0 and self.transfer.open(lease, deadline)
+        try:
+            self.scheduler.add(request, lease)
+        except BatonError as error:
+            if lease:
+                self.transfer.fail(lease, error)
+            raise
         if pulled:
             self.scheduler.opened(lease)
-        self.drive.poke()
 
     def accept(self, lease: int) -> None:
         """A decode group has reserved room for the lease's sequence."""
@@ -155,7 +164,7 @@ class PrefillLeader:
             if state is LeaseState.EXPIRED:
                 error = LeaseLost("nobody read the blocks in time", stage="prefill", node=self._node)
                 self.desk.refuse(entry.session, key, error)
-            self.desk.forget(key)
+            self.desk.forget(key, finished=state is LeaseState.RELEASED)
         self.drive.poke()
 
     def _end(self, key: Key, error: BatonError) -> None:

@@ -1,13 +1,11 @@
 """Which prompts a prefill node computes next, and which blocks it keeps for whom. Pure: plain values in, plans out.
 
-    WAITING ──start──▶ RUNNING ──last chunk──▶ HELD ──release, expire, cancel──▶ ENDED
-       ▲                                        │ │                                ▲
-       └────────────────revoked─────────────────┘ └──▶ ENDING (pull open) ─────────┘
-
 A prompt reserves all its blocks when it starts and takes them chunk by chunk, so one that runs never waits for another's blocks.
-How the tokens of a step are shared out is in shares.py.
+How the tokens of a step are shared out is in baton/engine/shares.py.
 Blocks are given up only when no step writes them and no pull reads them: until then a prompt that is over is ENDING.
-Knows no clock: leases expire when the node says so.
+A prompt is *wanted* if a decode group has room for it, or if nobody will pull it. Others get what is left over: they start by an
+allowance only, hold up nobody, and what they computed is taken back when a wanted one needs the room (design rule 3).
+Knows no clock: leases expire when the node says so. docs/lifecycles.md draws the stages.
 """
 
 from __future__ import annotations
@@ -15,46 +13,66 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 
-from baton.engine.batch import Batch, Row, Sampled
+from baton.engine.batch import Batch, Sampled
 from baton.engine.blocks import BlockPool, blocks_for
 from baton.engine.sequence import Answer, Key, Sequence, WaitingLine, check_sequence
-from baton.errors import InvalidRequest, ResourceExhausted
+from baton.engine.shares import Shares
+from baton.errors import ResourceExhausted, Unavailable
+from baton.lifecycle import Lifecycle
 from baton.request import SequenceRequest, TokenEvent
 from prefill_node.outcome import Announced, PrefillLoad, PrefillOutcome
-from prefill_node.shares import Shares
+from prefill_node.step import Chunk, Step
 
 AGE_LIMIT = 16
 RETRY_AFTER_S = 1.0
 
 
 class Stage(enum.Enum):
-    """Where a prompt is in its life; see the drawing above."""
+    """Where a prompt is in its life."""
 
     WAITING = "waiting"
     RUNNING = "running"
-    HELD = "held"
-    ENDING = "ending"
+    HELD = "held"  # computed, its blocks are kept for a reader
+    ENDING = "ending"  # over, but a step still writes its blocks or a pull reads them
     ENDED = "ended"
 
 
-_NEXT = {
-    Stage.WAITING: {Stage.RUNNING, Stage.ENDED},
-    Stage.RUNNING: {Stage.HELD, Stage.ENDING, Stage.ENDED},
-    Stage.HELD: {Stage.WAITING, Stage.ENDING, Stage.ENDED},
-    Stage.ENDING: {Stage.ENDED},
-    Stage.ENDED: set[Stage](),
-}
+class PromptEvent(enum.Enum):
+    """What can happen to a prompt."""
+
+    START = "start"
+    COMPUTE = "last chunk"
+    FINISH = "last token"  # of the request, or its only one that anybody wants
+    REVOKE = "revoke"
+    GIVE_UP = "over while in use"
+    END = "over"  # released, expired, cancelled or failed
+
+
+PROMPT_LIFE = Lifecycle(
+    "prompt",
+    Stage.WAITING,
+    {
+        (Stage.WAITING, PromptEvent.START): Stage.RUNNING,
+        (Stage.RUNNING, PromptEvent.COMPUTE): Stage.HELD,
+        (Stage.RUNNING, PromptEvent.FINISH): Stage.ENDING,
+        (Stage.RUNNING, PromptEvent.GIVE_UP): Stage.ENDING,
+        (Stage.HELD, PromptEvent.GIVE_UP): Stage.ENDING,
+        (Stage.HELD, PromptEvent.REVOKE): Stage.WAITING,
+        **{(stage, PromptEvent.END): Stage.ENDED for stage in Stage if stage is not Stage.ENDED},
+    },
+)
 
 
 @dataclass(slots=True, eq=False)
 class _Prompt:
     """accepted: a decode group has room for it. pulled: by one decode or more. in_step: the planned step writes its blocks.
 
-    num_expected: tokens to compute, as far as could be seen when it came.
+    num_expected: tokens to compute, as far as could be seen when it came. drawn: the token after it, drawn once, however often the
+    prompt is computed: the router may have it already.
     """
 
     sequence: Sequence
@@ -67,10 +85,11 @@ class _Prompt:
     in_step: bool = False
     pulled: bool = False
     num_announced: int = 0
+    drawn: TokenEvent | None = None
 
-    def to(self, stage: Stage) -> None:
-        assert stage in _NEXT[self.stage], f"a prompt does not go from {self.stage} to {stage}"
-        self.stage = stage
+    def step(self, event: PromptEvent) -> None:
+        """The only way to change the stage."""
+        self.stage = PROMPT_LIFE.after(self.stage, event)
 
     @property
     def wanted(self) -> bool:
@@ -81,23 +100,6 @@ class _Prompt:
     def num_left(self) -> int:
         """Tokens still to be computed."""
         return len(self.sequence.token_ids) - self.sequence.num_computed
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    prompt: _Prompt
-    end: int
-    sampled_row: int | None
-
-
-@dataclass(slots=True)
-class _Step:
-    """A step being planned."""
-
-    rows: list[Row] = field(default_factory=list)
-    chunks: list[_Chunk] = field(default_factory=list)
-    new_blocks: list[tuple[int, int]] = field(default_factory=list)
-    num_sampled: int = 0
 
 
 class PrefillScheduler:
@@ -129,17 +131,19 @@ class PrefillScheduler:
         self._running: dict[int, _Prompt] = {}  # by arrival, while RUNNING
         self._requests: dict[str, dict[int, _Prompt]] = {}  # by request and attempt, until ENDED
         self._leases: dict[int, _Prompt] = {}  # those that have one, until ENDED
-        self._unaccepted: set[int] = set()  # leases of prompts that started before they were accepted, RUNNING or HELD
-        self._chunks: list[_Chunk] = []  # of the step between plan and apply
+        self._unaccepted: set[int] = set()  # leases of prompts that started and are not accepted (any more), RUNNING or HELD
+        self._chunks: list[Chunk[_Prompt]] = []  # of the step between plan and apply
 
     def add(self, request: SequenceRequest, lease: int) -> None:
         """A prompt to compute; lease 0: nobody will pull it. If a pull waits for this lease already, call `opened` next.
 
-        Raises ResourceExhausted if too many wait, InvalidRequest if it can never run here or is here already.
+        Raises ResourceExhausted if too many wait, InvalidRequest if it can never run here, Unavailable while its names are in use: what
+        bears them may be over for whoever asked for it, and its blocks still be read.
         """
         attempts = self._requests.get(request.request_id, {})
         if request.attempt in attempts or lease in self._leases:
-            raise InvalidRequest(f"request {request.request_id} attempt {request.attempt} or its lease {lease} is here", stage="prefill")
+            why = f"request {request.request_id} attempt {request.attempt} or its lease {lease} is here"
+            raise Unavailable(why, stage="prefill", cause="in_use", retry_after_s=RETRY_AFTER_S)
         num_tokens = len(request.prompt_ids) + len(request.emitted_ids)
         check_sequence(request, num_slots=num_tokens, max_model_len=self._max_model_len, pool=self._pool, stage="prefill")
         self._check_room()
@@ -164,14 +168,17 @@ class PrefillScheduler:
             self._leases[lease].pulled = True
 
     def closed(self, lease: int) -> bool:
-        """The last pull ended without release: nobody reads. The lease stays for another one, unless its request is over.
+        """The last pull ended without release: nobody reads, and no decode group has room for it now as far as is known here.
 
-        True if the request is, and its blocks are given up now.
+        The lease stays for another pull, revocable until one is accepted, unless its request is over: True if it is, and its blocks
+        are given up now.
         """
         prompt = self._leases.get(lease)
         if prompt is None or not prompt.pulled:
             return False
-        prompt.pulled = False
+        prompt.pulled = prompt.accepted = False
+        if prompt.stage in (Stage.RUNNING, Stage.HELD):
+            self._unaccepted.add(lease)
         return prompt.stage is Stage.ENDING and self._end(prompt)
 
     def release(self, lease: int) -> None:
@@ -181,21 +188,14 @@ class PrefillScheduler:
             prompt.pulled = False
             self._end(prompt)
 
-    def expire(self, lease: int) -> bool:
-        """The lease's time is up. True if its blocks are given up now; else once its pull is closed or the step is over."""
-        prompt = self._leases.get(lease)
-        return prompt is None or self._end(prompt)
-
-    def cancel(self, request_id: str, attempt: int) -> tuple[int, ...]:
-        """This attempt and all before it are over. Returns their leases, which the node must now fence.
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """This attempt and all before it are over; the node fences their leases.
 
         Blocks that a step writes or an open pull reads are given up later: by apply, and by closed or release.
         """
         attempts = self._requests.get(request_id, {})
-        over = [prompt for number, prompt in sorted(attempts.items()) if number <= attempt]
-        for prompt in over:
+        for prompt in [prompt for number, prompt in sorted(attempts.items()) if number <= attempt]:
             self._end(prompt)
-        return tuple(prompt.lease for prompt in over if prompt.lease)
 
     def make_room(self) -> tuple[int, ...]:
         """Revoke leases nobody has accepted, youngest first, if a wanted prompt can then start. Call it before each `plan`.
@@ -218,14 +218,18 @@ class PrefillScheduler:
         """The next step: chunks of prompts that run, and of new ones. Empty when nothing can run."""
         assert not self._chunks, "the step before was not applied"
         shares = Shares.of(self._max_step_tokens, list(self._running.values()))
-        first = self._first_by_age()
-        self._line.serve(partial(self._start, shares, first), lambda prompt: (prompt is not first, prompt.num_expected, prompt.arrival))
+        elders = self._elders()
+        self._line.serve(
+            partial(self._start, shares, elders),
+            lambda prompt: (False, prompt.arrival) if prompt.arrival in elders else (True, prompt.num_expected, prompt.arrival),
+        )
         shares.serve(math.inf)
-        step = _Step()
+        step = Step[_Prompt]()
         for prompt, count in shares.given:
-            self._add_chunk(step, prompt, count)
+            step.add(prompt, count, self._pool)
+            prompt.in_step = True
         self._chunks = step.chunks
-        return Batch.build(step.rows, step.new_blocks)
+        return step.batch()
 
     def apply(self, sampled: Sampled) -> PrefillOutcome:
         """The planned step is done: what it drew and which blocks became readable."""
@@ -268,28 +272,32 @@ class PrefillScheduler:
     def _check_room(self) -> None:
         limit = self._max_sequences + self._max_waiting
         if len(self._line) + len(self._running) >= limit:
-            raise ResourceExhausted(
-                f"{len(self._line)} prompts wait and {len(self._running)} run here, at most {limit} may",
-                stage="prefill",
-                cause="prefill_queue",
-                retry_after_s=RETRY_AFTER_S,
-            )
+            why = f"{len(self._line)} prompts wait and {len(self._running)} run here, at most {limit} may"
+            raise ResourceExhausted(why, stage="prefill", cause="prefill_queue", retry_after_s=RETRY_AFTER_S)
 
-    def _first_by_age(self) -> _Prompt | None:
-        """The waiting prompt that is older than all that run: its turn is before that of shorter ones."""
-        oldest = next((prompt for prompt in self._line.items() if self._may_start(prompt)), None)
-        return oldest if oldest and all(oldest.arrival < arrival for arrival in self._running) else None
+    def _elders(self) -> set[int]:
+        """Who has a turn before the shorter ones: the oldest that can start, if it is older than all that run, and all before it.
 
-    def _start(self, shares: Shares[_Prompt], first: _Prompt | None, prompt: _Prompt) -> Answer:
-        if prompt is not first:
+        Those before it may not start, or find no room: then its turn has come all the same.
+        """
+        limit = min(self._running, default=math.inf)
+        elders: set[int] = set()
+        for prompt in takewhile(lambda prompt: prompt.arrival < limit, self._line.items()):
+            elders.add(prompt.arrival)
+            if self._may_start(prompt) and self._fits(prompt):
+                break
+        return elders
+
+    def _start(self, shares: Shares[_Prompt], elders: set[int], prompt: _Prompt) -> Answer:
+        if prompt.arrival not in elders:
             shares.serve(prompt.num_expected)
         if not shares.room() or len(self._running) >= self._max_sequences:
             return Answer.STEP_FULL
         if not self._may_start(prompt):
             return Answer.NOT_YET
         if not prompt.sequence.begin(self._pool, self._num_blocks(prompt)):
-            return Answer.NO_ROOM
-        prompt.to(Stage.RUNNING)
+            return Answer.NO_ROOM if prompt.wanted else Answer.NOT_YET
+        prompt.step(PromptEvent.START)
         self._running[prompt.arrival] = prompt
         if not prompt.wanted:
             self._unaccepted.add(prompt.lease)
@@ -302,24 +310,14 @@ class PrefillScheduler:
     def _num_blocks(self, prompt: _Prompt) -> int:
         return blocks_for(len(prompt.sequence.token_ids), self._pool.block_size)
 
-    def _add_chunk(self, step: _Step, prompt: _Prompt, count: int) -> None:
-        sequence = prompt.sequence
-        start, end = sequence.num_computed, sequence.num_computed + count
-        last = end == len(sequence.token_ids)
-        step.new_blocks += sequence.extend(self._pool, blocks_for(end, self._pool.block_size) - len(sequence.block_ids))
-        step.rows.append(Row(sequence.token_ids[start:end], start, tuple(sequence.block_ids), sequence.sample_row() if last else None))
-        step.chunks.append(_Chunk(prompt, end, step.num_sampled if last else None))
-        step.num_sampled += last
-        prompt.in_step = True
-
-    def _final(self, chunk: _Chunk, sampled: Sampled) -> TokenEvent | None:
+    def _final(self, chunk: Chunk[_Prompt], sampled: Sampled) -> TokenEvent | None:
         """The token after a prompt whose last chunk this was; the prompt is then HELD, or ENDING if nobody needs its blocks."""
         if chunk.sampled_row is None:
             return None
         prompt, sequence = chunk.prompt, chunk.prompt.sequence
-        event = sequence.event(sampled, chunk.sampled_row, sequence.num_matched * self._pool.block_size)
+        event = prompt.drawn = prompt.drawn or sequence.event(sampled, chunk.sampled_row, sequence.num_matched * self._pool.block_size)
         del self._running[prompt.arrival]
-        prompt.to(Stage.ENDING if event.finish_reason or not prompt.lease else Stage.HELD)
+        prompt.step(PromptEvent.FINISH if event.finish_reason or not prompt.lease else PromptEvent.COMPUTE)
         return event
 
     def _announce(self, prompt: _Prompt, final: TokenEvent | None) -> Iterator[Announced]:
@@ -334,7 +332,7 @@ class PrefillScheduler:
 
     def _starved(self) -> _Prompt | None:
         """The oldest wanted prompt, of those whose turn it would be, that could start but for its blocks."""
-        wanted = (prompt for prompt in self._line.items() if prompt.wanted)
+        wanted = (prompt for prompt in self._line.first() if prompt.wanted)
         in_turn = islice(wanted, self._max_sequences - len(self._running))
         return next((prompt for prompt in in_turn if not self._fits(prompt)), None)
 
@@ -350,7 +348,7 @@ class PrefillScheduler:
         prompt.num_announced = 0
         prompt.revoked = True
         self._unaccepted.remove(prompt.lease)
-        prompt.to(Stage.WAITING)
+        prompt.step(PromptEvent.REVOKE)
         self._line.join(prompt.arrival, prompt)
 
     def _end(self, prompt: _Prompt) -> bool:
@@ -361,9 +359,9 @@ class PrefillScheduler:
         self._unaccepted.discard(prompt.lease)
         if prompt.stage is not Stage.WAITING and (prompt.in_step or prompt.pulled):
             if prompt.stage is not Stage.ENDING:
-                prompt.to(Stage.ENDING)
+                prompt.step(PromptEvent.GIVE_UP)
             return False
-        prompt.to(Stage.ENDED)
+        prompt.step(PromptEvent.END)
         prompt.sequence.drop(self._pool)
         self._forget(prompt)
         return True

@@ -43,7 +43,9 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
             case "accepted":
                 self._leader.accept(command.accepted.lease_number)
             case "cancel":
-                self._leader.desk.cancel(command.cancel.request_id, command.cancel.attempt, command.cancel.reason)
+                self._leader.desk.cancel(session, command.cancel.request_id, command.cancel.attempt, command.cancel.reason)
+            case "check":
+                self._leader.desk.check(session, command.check.request_id, command.check.attempt)
             case "flush":
                 session.flushed(command.flush.number, self._leader.pool.drop_cache())
 

@@ -12,6 +12,7 @@ from typing import Protocol
 from baton.engine.batch import Batch, Sampled
 from baton.engine.lockstep import WakeState
 from baton.engine.runner import StepOutcome
+from baton.errors import BatonError
 
 Step = Callable[[Batch | None], Awaitable[StepOutcome]]
 WakeOthers = Callable[[int], Awaitable[None]]
@@ -30,7 +31,7 @@ class Planner(Protocol):
 class Drive:
     """Steps one rank until closed. State owner: the rank's event loop.
 
-    A step that raises ends the drive: the rank's process group is then unusable and the node is rebuilt as a unit.
+    A step that raises ends the drive, and so does `fail`: the rank's process group is then unusable and the node is rebuilt as a unit.
     """
 
     def __init__(self, step: Step, wake_others: WakeOthers, planner: Planner | None) -> None:
@@ -40,6 +41,9 @@ class Drive:
         self._state = WakeState()
         self._nudge = asyncio.Event()
         self._closing = False
+        self._failure: BatonError | None = None
+        self._failed = asyncio.Event()
+        self._in_step = False
         self.steps = 0
         self.busy_s = 0.0
 
@@ -52,6 +56,11 @@ class Drive:
     def closing(self) -> bool:
         """Whether `close` was called: what fails from then on fails because of it."""
         return self._closing
+
+    @property
+    def under_way(self) -> int | None:
+        """The number of the step that is being computed, None between steps."""
+        return self._state.epoch + 1 if self._in_step else None
 
     def poke(self) -> None:
         """Work may have arrived for this rank's planner."""
@@ -67,8 +76,26 @@ class Drive:
         self._closing = True
         self._nudge.set()
 
+    def fail(self, error: BatonError) -> None:
+        """The rank cannot go on: `run` raises this error, also while a step is under way, whose outcome nobody will take in."""
+        self._failure = self._failure or error
+        self._failed.set()
+
     async def run(self) -> None:
-        """Step until closed. Waiting here needs no deadline: the wait is local and `close` ends it."""
+        """Step until closed. Raises what a step raises, or what `fail` was told."""
+        stepping, failing = asyncio.create_task(self._step_on()), asyncio.create_task(self._failed.wait())
+        stepping.add_done_callback(lambda task: task.cancelled() or task.exception())  # also seen if the rank has failed before
+        try:
+            await asyncio.wait({stepping, failing}, return_when=asyncio.FIRST_COMPLETED)
+            if self._failure:
+                raise self._failure
+            stepping.result()
+        finally:
+            stepping.cancel()
+            failing.cancel()
+
+    async def _step_on(self) -> None:
+        """Waiting here needs no deadline: the wait is local, and `close` ends it."""
         while not self._closing:
             if not await self._turn():
                 await self._nudge.wait()
@@ -92,7 +119,9 @@ class Drive:
     async def _run_step(self, batch: Batch | None) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
+        self._in_step = True
         outcome = await self._step(batch)
+        self._in_step = False
         self.busy_s += loop.time() - began
         self.steps += not outcome.asleep
         if self._planner and batch is not None and batch.num_tokens:

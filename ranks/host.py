@@ -5,14 +5,11 @@ Here (and in the nodes) engine and kv_transfer meet. Knows no requests; what a r
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 from baton.config import RankPlan
 from baton.engine.batch import Batch
@@ -33,10 +30,11 @@ from ranks.facts import GroupHello, LoadProgress, RankAddress, RankCounts
 from ranks.layouts import node_layouts, placement_of
 from ranks.service import Peer, wake_all
 from ranks.session import GroupLoad
+from ranks.step_thread import StepThread
 
 INCARNATION_BYTES = 16
 STOP_S = 5.0
-Result = TypeVar("Result")
+LAST_WORD_S = 1.0
 
 
 class RankHost:
@@ -52,7 +50,7 @@ class RankHost:
         self.num_blocks = 0
         self.max_model_len = 0
         self._closing = contextlib.AsyncExitStack()
-        self._step_thread = ThreadPoolExecutor(1, thread_name_prefix="step")
+        self._step_thread = StepThread()
 
     async def prepare(self) -> RankAddress:
         """Bind the rank's control port and find a free one for the collectives' store."""
@@ -63,7 +61,7 @@ class RankHost:
             pid=os.getpid(),
             host=self.plan.host,
             control=f"{self.plan.host}:{port}",
-            rendezvous_port=await self._on_step_thread(self._open_rendezvous),
+            rendezvous_port=await self._step_thread.run(self._open_rendezvous),
         )
         return self.address
 
@@ -78,7 +76,7 @@ class RankHost:
     async def load(self, addresses: Sequence[RankAddress]) -> None:
         """Connect to the node's other ranks, read the weights, make the KV pool, run once. addresses: the whole node's, by rank."""
         self.addresses = tuple(sorted(addresses, key=lambda address: address.rank))
-        self.spec, self.fingerprint = await self._on_step_thread(self._read_spec)
+        self.spec, self.fingerprint = await self._step_thread.run(self._read_spec)
         self.placement = placement_of(self.plan, self.spec, self.plan.rank)
         self.domain = [address for address in self.addresses if self._steps_with_me(address.rank)]
         self.peers = tuple(Peer(a.node, a.rank, a.control) for a in self.addresses if a.rank != self.plan.rank)
@@ -102,7 +100,7 @@ class RankHost:
             shared=config.transfer.transport != "tcp" and self.plan.role == "prefill",
         )
         self._closing.callback(self.pool.close)
-        await self._on_step_thread(self._load_engine)
+        await self._step_thread.run(self._load_engine)
         self.progress = LoadProgress("ready")
 
     def _read_spec(self) -> tuple[ModelSpec, str]:
@@ -144,6 +142,11 @@ class RankHost:
         await health.set_serving(True)
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids of the model are below this number."""
+        return self.spec.vocab
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block on this rank."""
         return self.shape.block_bytes
@@ -155,12 +158,16 @@ class RankHost:
 
     async def step(self, batch: Batch | None) -> StepOutcome:
         """One step together with the domain, on the step thread."""
-        return await self._on_step_thread(lambda: self.runner.step(batch))
+        return await self._step_thread.run(lambda: self.runner.step(batch))
 
     async def wake_others(self, epoch: int) -> None:
         """Call the other ranks of the domain to step `epoch`."""
-        wanted = {address.rank for address in self.domain}
-        await wake_all([peer for peer in self.peers if peer.rank in wanted], epoch)
+        await wake_all(self.partners, epoch)
+
+    @property
+    def partners(self) -> tuple[Peer, ...]:
+        """The other ranks of this rank's lock-step domain."""
+        return tuple(peer for peer in self.peers if self._steps_with_me(peer.rank))
 
     @property
     def followers(self) -> tuple[Peer, ...]:
@@ -204,14 +211,19 @@ class RankHost:
             cpu_seconds=time.process_time(),
         )
 
+    async def hang_up(self) -> None:
+        """Serve no more, after a moment for last words. For a process that is about to end: whatever else it holds goes with it.
+
+        Its step may be stuck in native code, and then so would be whoever waits for the groups it is in.
+        """
+        self._step_thread.close()
+        await self.server.stop(LAST_WORD_S)
+
     async def close(self) -> None:
-        """End everything; a step under way is waited for (its collectives have a timeout)."""
-        self._step_thread.shutdown(wait=False, cancel_futures=True)
+        """End everything; a step under way ends by itself (its collectives have a timeout, and are broken off by closing them)."""
+        self._step_thread.close()
         await self._closing.aclose()
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Have something ended with the rank, before what was there earlier."""
         self._closing.callback(callback)
-
-    async def _on_step_thread(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._step_thread, work)

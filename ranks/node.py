@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Protocol
 
 from baton.errors import BatonError, InternalError
 from ranks.drive import Drive
 from ranks.facts import LoadProgress, RankAddress, RankCounts
 from ranks.host import RankHost
+from ranks.vigil import Vigil
 
 log = logging.getLogger(__name__)
 
 LAST_STEP_S = 2.0
+MOMENT_S = 2.0
 
 
 class Role(Protocol):
@@ -28,7 +30,10 @@ class Role(Protocol):
         """What steps this rank."""
 
     async def open(self) -> None:
-        """Get ready to serve; all ranks of the node are up."""
+        """Get ready to serve: nobody is served before it returns. The other ranks of the node are up, or about to be.
+
+        It may ask them (see ranks.service.Peer), but what a rank is asked then, it must answer without having asked anybody.
+        """
 
     def counts(self) -> RankCounts:
         """What the rank holds."""
@@ -44,7 +49,9 @@ class RankLife:
         self.host = host
         self.role: Role | None = None
         self.failed = asyncio.Event()
+        self.failure = ""  # why, for whoever watches `failed`
         self._stepping: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def prepare(self) -> RankAddress:
         """Bind ports; where this rank can be reached."""
@@ -57,9 +64,12 @@ class RankLife:
     async def start(self, make_role: Callable[[RankHost], Role]) -> None:
         """Serve and step in a role: PrefillNode or DecodeNode."""
         self.role = role = make_role(self.host)
-        await self.host.start()
         await role.open()
+        await self.host.start()
+        plan = self.host.plan
+        vigil = Vigil(f"{plan.node}/{plan.rank}", role.drive, () if plan.tp_rank else self.host.partners, plan.config.membership)
         self._stepping = asyncio.create_task(self._step_until_closed(role))
+        self._watching = asyncio.create_task(vigil.run())
 
     def progress(self) -> LoadProgress:
         """How far `load` is."""
@@ -71,6 +81,8 @@ class RankLife:
 
     async def stop(self) -> None:
         """End everything. A step that waits for ranks that have stopped already is broken off by closing the groups."""
+        if self._watching:
+            self._watching.cancel()
         if self.role and self._stepping:
             self.role.drive.close()
             await self.role.close(None)
@@ -93,11 +105,25 @@ class RankLife:
             await self._fail(role, InternalError(f"step failed: {error!r}", node=self.host.plan.node))
 
     async def _fail(self, role: Role, error: BatonError) -> None:
-        """Tell routers, then let go of everything; whoever watches `failed` ends the process."""
+        """Tell routers, then stop serving; whoever watches `failed` ends the process, and that ends the rest.
+
+        Nothing here waits for reads, collectives or a step: whatever this rank is stuck in, it must not keep it from dying.
+        """
+        self.failure = error.message
         try:
-            await role.close(error)
-            await self.host.close()
+            await self._for_a_moment(role.close(error))
+            await self._for_a_moment(self.host.hang_up())
+        finally:
+            self.failed.set()
+
+    async def _for_a_moment(self, closing: Coroutine[Any, Any, None]) -> None:
+        """Wait for it, but not for long: it may wait itself, for what a cancel does not end."""
+        task = asyncio.create_task(closing)
+        try:
+            await asyncio.wait({task}, timeout=MOMENT_S)
+            if task.done():
+                task.result()
         except Exception:  # the edge of this process: half closed or not, it has to end
             log.exception("%s/%d could not close", self.host.plan.node, self.host.plan.rank)
         finally:
-            self.failed.set()
+            task.cancel()

@@ -32,6 +32,10 @@ class Seat(Protocol):
         """The longest prompt plus answer, tokens."""
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids of the model are below this number."""
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block on one rank."""
 

@@ -1,29 +1,39 @@
-"""gRPC between the ranks of one node: wake, read, sources, export. Knows the messages, decides nothing."""
+"""gRPC between the ranks of one node: wake, read, sources, export, ping. Knows the messages, decides nothing."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Protocol, TypeVar, cast
 
 import grpc
 
 from baton.deadline import Deadline
-from baton.errors import BatonError, InvalidRequest
-from baton.rpc import abort, open_channel, to_error
+from baton.errors import BatonError, InvalidRequest, NodeLost
+from baton.rpc import ERROR_TRAILER, abort, open_channel, to_error
 from baton.v1 import node_pb2, rank_pb2, rank_pb2_grpc
 from kv_transfer.client import export_of
 from kv_transfer.server import export_message
 from kv_transfer.transport import Export
+from ranks.drive import Drive
 from ranks.facts import ReadOrder
 
 RANK_SERVICE = "baton.v1.RankControl"
 WAKE_S = 5.0
+EXPORT_S = 60.0
 Answer = TypeVar("Answer")
+
+
+class Unacknowledged(NodeLost):
+    """A rank that was told to read has not said how that ended: bytes may land in its blocks for as long as its process lives."""
 
 
 class RankSide(Protocol):
     """What a rank does when another rank of its node asks."""
+
+    @property
+    def drive(self) -> Drive:
+        """What steps it."""
 
     def wake(self, epoch: int) -> None:
         """Join step `epoch`."""
@@ -63,6 +73,10 @@ class RankService(rank_pb2_grpc.RankControlServicer):
             return rank_pb2.ReadReply(bytes_read=await self._side.read(_order(request), Deadline.after(request.time_left_s)))
         except BatonError as error:
             await abort(context, error)
+
+    async def Ping(self, request: rank_pb2.PingRequest, context: grpc.aio.ServicerContext) -> rank_pb2.PingReply:  # type: ignore[type-arg]
+        """See proto."""
+        return rank_pb2.PingReply(steps=self._side.drive.steps)
 
     async def Export(self, request: rank_pb2.ExportRequest, context: grpc.aio.ServicerContext) -> node_pb2.ExportHandle:  # type: ignore[type-arg]
         """See proto."""
@@ -111,7 +125,10 @@ class Peer:
         return str((await self._call(self._stub.Sources(request, timeout=WAKE_S))).transport)
 
     async def read(self, order: ReadOrder, deadline: Deadline) -> int:
-        """Have the rank read its spans; bytes read. The rank has its own deadline, a little sooner than this call's."""
+        """Have the rank read its spans; bytes read. The rank has its own deadline, a little sooner than this call's.
+
+        Raises what the rank says, or Unacknowledged if it says nothing: no answer in time, a broken connection.
+        """
         request = rank_pb2.ReadRequest(
             lease=node_pb2.LeaseId(prefill_incarnation=order.incarnation),
             source_blocks=order.source_blocks,
@@ -119,12 +136,21 @@ class Peer:
             target_blocks=order.target_blocks,
             time_left_s=deadline.left_s(),
         )
-        return int((await self._call(self._stub.Read(request, timeout=deadline.left_s() + WAKE_S))).bytes_read)
+        try:
+            return int((await self._stub.Read(request, timeout=deadline.left_s() + WAKE_S)).bytes_read)
+        except grpc.aio.AioRpcError as error:
+            if ERROR_TRAILER in dict(cast("Iterable[tuple[str, bytes]]", error.trailing_metadata() or ())):
+                raise to_error(error, stage="pull", node=self.name) from error
+            raise Unacknowledged(f"{self.name} has not said how its read ended: {error.details()}", stage="pull", node=self.name) from error
 
     async def export(self) -> Export:
-        """Where the rank's blocks can be read; waits a moment for a rank that is just starting."""
-        call = self._stub.Export(rank_pb2.ExportRequest(), timeout=WAKE_S, wait_for_ready=True)
+        """Where the rank's blocks can be read; waits, up to EXPORT_S, for a rank that is just starting."""
+        call = self._stub.Export(rank_pb2.ExportRequest(), timeout=EXPORT_S, wait_for_ready=True)
         return export_of(await self._call(call))
+
+    async def ping(self, timeout_s: float) -> int:
+        """The steps that the rank has done. Raises NodeLost or DeadlineExceeded if it does not answer in time."""
+        return int((await self._call(self._stub.Ping(rank_pb2.PingRequest(), timeout=timeout_s))).steps)
 
     async def close(self) -> None:
         """Close the channel."""

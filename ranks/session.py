@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
-from baton.errors import BatonError
+from baton.errors import BatonError, ResourceExhausted
 from baton.request import BlockCounts, TokenEvent
 
 Key = tuple[str, int]
 MAX_BACKLOG = 4096
+# More than what MAX_BACKLOG and one step of any group come to: nobody who reads at all is so far behind.
+MAX_UNREAD = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,29 +44,36 @@ class GroupLoad:
 
 @dataclass(slots=True)
 class Outbox:
-    """Events not yet sent, in order within each kind."""
+    """Events not yet sent, in order within each kind. Whoever reads them takes tokens first, then what is said about attempts."""
 
     tokens: list[TokenEvent] = field(default_factory=list)
     accepted: list[Key] = field(default_factory=list)
     errors: list[tuple[Key, BatonError]] = field(default_factory=list)
     pulls: list[PullFacts] = field(default_factory=list)
     flushed: list[tuple[int, int]] = field(default_factory=list)  # the command's number, blocks freed
+    known: list[tuple[str, int, int]] = field(default_factory=list)  # request id, attempt, index of the next token
 
     def __len__(self) -> int:
-        return len(self.tokens) + len(self.accepted) + len(self.errors) + len(self.pulls) + len(self.flushed)
+        return sum(len(kind) for kind in (self.tokens, self.accepted, self.errors, self.pulls, self.flushed, self.known))
 
 
 class Session:
     """One router's stream. State owner: the leader's loop. Ends with the stream; what was not sent then is dropped.
 
-    A router that does not read holds at most what `backlogged` lets through: the leader leaves its sequences out of the batch.
+    A router that does not read costs bounded memory: past MAX_BACKLOG tokens (`backlogged`) its sequences are left out of the batch,
+    past MAX_UNREAD events of all kinds the session is `broken` and keeps nothing more. Its stream must end then, and with it what it
+    asked for. num_taken: commands read from the stream after its hello. num_written: messages that its transport has taken.
     """
 
     def __init__(self, router_incarnation: bytes) -> None:
         self.router_incarnation = router_incarnation
         self.outbox = Outbox()
         self.closed = False
+        self.num_taken = 0
+        self.num_written = 0
+        self.writing = False
         self._ready = asyncio.Event()
+        self._broken = asyncio.Event()
 
     @property
     def backlogged(self) -> bool:
@@ -73,6 +82,10 @@ class Session:
 
     def flush(self) -> None:
         """Let what is in the outbox go out as one message."""
+        if len(self.outbox) > MAX_UNREAD:
+            self._broken.set()
+        if self._broken.is_set():
+            self.outbox = Outbox()
         if len(self.outbox):
             self._ready.set()
 
@@ -88,9 +101,19 @@ class Session:
 
     async def take(self, beat_s: float) -> Outbox:
         """The next message's content: waits until a flush, or for one beat."""
-        with contextlib.suppress(TimeoutError):  # a beat goes out even when there is nothing to say
-            async with asyncio.timeout(beat_s):  # not wait_for: that of Python 3.11 can swallow a cancel
-                await self._ready.wait()
+        await _within(beat_s, self._ready)  # a beat goes out even when there is nothing to say
         self._ready.clear()
         out, self.outbox = self.outbox, Outbox()
         return out
+
+    async def until_broken(self, seconds: float) -> None:
+        """Wait so long. Raises ResourceExhausted as soon as the router has left more than MAX_UNREAD events unread."""
+        await _within(seconds, self._broken)
+        if self._broken.is_set():
+            raise ResourceExhausted(f"the router has left more than {MAX_UNREAD} events unread", cause="unread_events")
+
+
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):  # not wait_for: that of Python 3.11 can swallow a cancel
+            await event.wait()

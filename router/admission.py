@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from baton.errors import InvalidRequest, ResourceExhausted
 from baton.request import GenerateRequest, Sampling, SamplingAsked
 
 SEED_MODULUS = 2**64
+ROLES = frozenset({"system", "developer", "user", "assistant"})
 Number = TypeVar("Number", int, float)
 
 
@@ -90,10 +91,18 @@ class Limits:
     max_stop_token_ids: int = 64
     max_logprobs: int = 20
     max_temperature: float = 100.0
+    max_messages: int = 4096
+    max_name_chars: int = 256
 
 
 def check_request(request: GenerateRequest, limits: Limits) -> None:
-    """Refuse what can be refused before the prompt is tokenised: n, timeout, every sampling field."""
+    """Refuse what can be refused before the prompt is tokenised: names, messages, n, timeout, every sampling field.
+
+    Every request passes here, whichever way it came: what the fronts refuse by themselves is only what has no place in a GenerateRequest.
+    """
+    _check_name("request_id", request.request_id, limits)
+    _check_name("model", request.model, limits)
+    _check_messages(request.prompt.messages or (), limits)
     _within("n", request.n, 1, limits.max_n)
     if request.timeout_s is not None:
         _finite("timeout_s", request.timeout_s)
@@ -109,7 +118,7 @@ def check_sampling(asked: SamplingAsked, limits: Limits) -> None:
     _within("max_tokens", asked.max_tokens, 1, None)
     _within("min_tokens", asked.min_tokens, 0, None)
     _within("temperature", asked.temperature, 0, limits.max_temperature)
-    _within("top_k", asked.top_k, -1, None)
+    _within("top_k", asked.top_k, -1, 2**31 - 1)
     _within("top_p", asked.top_p, 0, 1)
     if asked.top_p == 0:
         raise InvalidRequest("top_p must be more than 0", param="top_p")
@@ -169,6 +178,20 @@ def resolve(
 def sequence_seed(seed: int, index: int) -> int:
     """The seed of sequence `index` of a request with n > 1."""
     return (seed + index) % SEED_MODULUS
+
+
+def _check_name(field: str, name: str, limits: Limits) -> None:
+    if len(name) > limits.max_name_chars or not name.isprintable():
+        raise InvalidRequest(f"{field} may have {limits.max_name_chars} printable characters, not {len(name)}: {name[:40]!r}", param=field)
+
+
+def _check_messages(messages: Sequence[Mapping[str, str]], limits: Limits) -> None:
+    if len(messages) > limits.max_messages:
+        raise InvalidRequest(f"there are {len(messages)} messages, at most {limits.max_messages} are allowed", param="messages")
+    for index, message in enumerate(messages):
+        if message.get("role") not in ROLES:
+            role = message.get("role", "")[:40]
+            raise InvalidRequest(f"role must be one of {', '.join(sorted(ROLES))}, not {role!r}", param=f"messages.{index}.role")
 
 
 def _first(asked: Number | None, default: Number | None, otherwise: Number) -> Number:

@@ -1,7 +1,8 @@
 """All sequences of one client's request, merged into the one stream of chunks that its client reads.
 
 Knows relays and choices; nothing of admission or of how the request was made. A delivery waits in the queue until the client
-reads: at most max_tokens ids per sequence, since no index is delivered twice. The queue ends with the answer.
+reads: at most max_tokens ids per sequence, since no index is delivered twice. The queue ends with the answer, or when its client
+has left it unread for slow_client_s; nobody else waits for it, since nodes and relays never do.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 class Answer:
     """State owner: the iterator of `chunks`. Whoever made it must `close` it: that ends everything everywhere.
 
-    inside_id: what nodes know the request by, unique in this router's life, so that a client may use an id again.
+    inside_id: what nodes know the request by, unique among all routers' lives, so that a client may use an id again.
+    no_node_s: how long it waits at first while no pair of nodes can serve.
     on_abandoned: called once if the client leaves its stream unread for slow_client_s.
     """
 
@@ -38,12 +40,14 @@ class Answer:
         inside_id: str,
         deadline: Deadline,
         *,
+        no_node_s: float,
         slow_client_s: float,
         on_abandoned: Callable[[], None],
     ) -> None:
         self.first_token_s: float | None = None
         self._fleet = fleet
         self._prepared = prepared
+        self._no_node_s = no_node_s
         self._slow_client_s = slow_client_s
         self._on_abandoned = on_abandoned
         self._abandoned = False
@@ -90,7 +94,14 @@ class Answer:
 
     def _relay(self, index: int, inside_id: str, deadline: Deadline) -> Relay:
         life = SequenceLife(inside_id, self._prepared.prompt_ids, self._prepared.samplings[index])
-        return Relay(self._fleet, life, deadline, lambda delivery: self._delivered(index, delivery))
+        return Relay(
+            self._fleet,
+            life,
+            deadline,
+            lambda delivery: self._delivered(index, delivery),
+            patience_s=self._no_node_s,
+            answered=lambda: self.first_token_s is not None,
+        )
 
     async def _carry(self, index: int, relay: Relay) -> None:
         try:
@@ -123,4 +134,5 @@ class Answer:
         self._abandoned = True
         for task in self._tasks:
             task.cancel()
+        self._queue = asyncio.Queue()  # nobody will read what was in it, but whoever holds the stream may hold it for long
         self._on_abandoned()

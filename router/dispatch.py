@@ -2,57 +2,64 @@
 
     check ─▶ tokenise (thread) ─▶ resolve ─▶ admit (bounded, with a queue) ─▶ Answer (relays to nodes) ─▶ chunks ─▶ one log line
 
-Knows no HTTP and no gRPC. Every wait spends from the request's one deadline. With no node in sight a request waits for a short
-while (`FIRST_PAIR_PATIENCE_S`, nodes may be restarting) and then fails with Unavailable; once it has been dispatched it is
+Knows no HTTP and no gRPC. Every wait spends from the request's one deadline. While no pair of nodes can serve (one is being
+rebuilt), a new request waits for `router.no_node_s` in all and then fails with Unavailable; once it has been dispatched it is
 retried until its deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from baton.config import BatonConfig
 from baton.deadline import Deadline, now_s
-from baton.errors import BatonError, DeadlineExceeded, InternalError, InvalidRequest, NotFound, Unavailable
-from baton.request import SEED_BITS, Chunk, GenerateRequest, Usage
+from baton.errors import BatonError, DeadlineExceeded, InternalError, Unavailable
+from baton.request import Chunk, GenerateRequest, Usage
 from baton.rpc import open_channel
 from baton.telemetry import RouterMetrics, fields
 from baton.tokenizer import Tokenizer
-from router.admission import Admission, Limits, Verdict, check_prompt, check_request, resolve, sequence_seed
+from router.admission import Admission, Verdict
 from router.answer import Answer
 from router.choices import Prepared
 from router.fleet import Fleet
 from router.flush import Flushed
+from router.membership import NodeReport
 from router.nodes import OpenChannel
+from router.notices import Notices
+from router.prepare import Preparer
 from router.prove import Prover
 from router.registry import Role
-from router.relay import FIRST_PAIR_PATIENCE_S
+from router.relay import no_nodes
 from router.schema import ModelCard
 from router.status import status_of
+from router.upkeep import Drained, Upkeep
 
 log = logging.getLogger(__name__)
 
-MAX_REQUEST_ID_CHARS = 256
 FLUSH_TIMEOUT_S = 10.0
-_NUM_TOKENIZER_THREADS = 2
 _PROOF_TEXT = "Hello"
+_LOGGED_CHARS = 256
 
 
 @dataclass(slots=True, eq=False)
 class Received:
-    """One request from receipt to its log line. inside_id: unique in this router's life, unlike the client's id."""
+    """One request from receipt to its log line. inside_id: unique among all routers' lives, unlike the client's id.
+
+    patience_s: for how long it may still wait for nodes before it was dispatched.
+    """
 
     request: GenerateRequest
     inside_id: str
     deadline: Deadline
     received_s: float
+    patience_s: float
     outcome: str = "cancelled"  # what it stays if the client just goes away
     usage: Usage = field(default_factory=Usage)
     first_token_s: float | None = None
@@ -67,29 +74,45 @@ class Dispatcher:
         config: BatonConfig,
         tokenizer: Tokenizer,
         *,
-        beat_s: float = 1.0,
         chance: random.Random | None = None,
         open_channel: OpenChannel = open_channel,
     ) -> None:
         self.tokenizer = tokenizer
-        self.fleet = Fleet(RouterMetrics(), beat_s=beat_s, chance=chance, open_channel=open_channel)
+        self.fleet = Fleet(RouterMetrics(), config.membership, chance=chance, open_channel=open_channel)
         self.num_received = 0
+        self._inside_prefix = f"{self.fleet.incarnation.hex()[:8]}."
         self._config = config
         self._created_s = int(time.time())
         self._admission = Admission(config.router.max_running, config.router.max_queue)
         self._waiting: dict[str, asyncio.Future[None]] = {}
-        self._threads = ThreadPoolExecutor(_NUM_TOKENIZER_THREADS, thread_name_prefix="tokenizer")
+        self._preparer = Preparer(config, tokenizer, self.fleet.chance)
         self._prover = Prover(self.fleet, tokenizer.encode(_PROOF_TEXT)[:8] or (0,))
         self._proving: asyncio.Task[None] | None = None
+        self._upkeep = Upkeep(self.fleet, settle_s=config.membership.dead_s)
+        self._num_under_way = 0
+        self._quiet = asyncio.Event()
+        self._closing: BatonError | None = None
         self._shut: BatonError | None = None
 
     def start(self) -> None:
-        """Begin to prove pairs."""
+        """Begin to prove pairs, and to judge who is silent."""
+        self.fleet.start()
         self._proving = asyncio.create_task(self._prover.run(), name="prover")
+
+    async def wind_down(self, drain_s: float) -> None:
+        """Take no more requests, give those under way and in the queue drain_s seconds to finish, then `shut`."""
+        self._closing = self._leaving()
+        self.fleet.notify()
+        with contextlib.suppress(TimeoutError):  # what is still under way then is told so
+            async with asyncio.timeout(drain_s):
+                while self._num_under_way and self._shut is None:
+                    await self._quiet.wait()
+        self.shut()
 
     def shut(self) -> None:
         """Take no more requests and end those under way and in the queue, each with one error its client gets before the ports close."""
-        self._shut = Unavailable("the cluster is shutting down", stage="router", cause="shutting_down")
+        self._closing = self._shut = self._leaving()
+        self._quiet.set()
         for turn in self._waiting.values():
             if not turn.done():
                 turn.set_exception(self._shut)
@@ -102,7 +125,12 @@ class Dispatcher:
             self._proving.cancel()
             await asyncio.wait([self._proving])
         await self.fleet.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._preparer.close()
+
+    def _leaving(self) -> Unavailable:
+        """Why there is no answer any more: because the cluster ends, and perhaps because its nodes did."""
+        standing = "" if any(self.fleet.registry.usable()) else f"; {self.fleet.registry.summary()}"
+        return Unavailable(f"the cluster is shutting down{standing}", stage="router", cause="shutting_down")
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """The answer's chunks, one per token step and choice; the last of a choice has its finish_reason, the very last usage.
@@ -111,7 +139,8 @@ class Dispatcher:
         """
         received = self._receive(request)
         try:
-            self._check_open()
+            if self._closing is not None:
+                raise self._closing
             prepared = await self._prepare(received)
             await self._admit(received)
             self._check_open()
@@ -129,28 +158,37 @@ class Dispatcher:
             self._account(received)
 
     def ready(self) -> bool:
-        """Whether at least one proven pair of nodes takes requests."""
-        return any(self.fleet.registry.usable())
+        """Whether requests are taken, and at least one proven pair of nodes, or a decode group alone, can serve them."""
+        return self._closing is None and any(self.fleet.registry.usable())
 
     async def wait_ready(self, timeout_s: float) -> bool:
-        """Wait for `ready`; False if that took longer than timeout_s. Raises Unavailable if waiting cannot help."""
+        """Wait until a launch is complete (see Registry.complete); False if that took longer. Unavailable if waiting cannot help."""
         deadline = Deadline.after(timeout_s)
-        while not self.ready():
+        while not self.fleet.registry.complete():
             self.fleet.registry.check_provable()
             if not await self.fleet.changed(deadline.left_s()):
-                return self.ready()
+                return self.fleet.registry.complete()
         return True
 
-    async def drain(self, node: str, timeout_s: float) -> bool:
-        """Send no new work to a node and wait until it is idle; False if it is not by then. NotFound for an unknown node."""
-        groups = self.fleet.registry.drain(node)
-        if not groups:
-            raise self._no_node(node)
-        deadline = Deadline.after(timeout_s)
-        while any(group.up and not group.idle for group in groups):
-            if not await self.fleet.changed(deadline.left_s()):
-                return False
-        return True
+    async def drain(self, node: str, timeout_s: float, retire: bool = False) -> Drained:
+        """Send no new work to a node; what is still there after timeout_s goes on elsewhere. NotFound for an unknown node.
+
+        retire: once it is idle, have the supervisor end its processes.
+        """
+        return await self._upkeep.drain(node, timeout_s, retire=retire)
+
+    def restore(self, node: str) -> None:
+        """Take a drained node back into service; the supervisor builds it anew if it was retired. NotFound for an unknown node."""
+        self._upkeep.restore(node)
+
+    def report_node(self, report: NodeReport) -> None:
+        """The supervisor says how a node is, for operators and for errors that clients read."""
+        self._upkeep.report(report)
+
+    @property
+    def notices(self) -> Notices:
+        """What the supervisor should know: whom to condemn, retire, restore."""
+        return self.fleet.notices
 
     async def flush_cache(self, node: str = "") -> Flushed:
         """Have all groups of a node ("": of every node that is up) forget cached prefixes that no sequence uses.
@@ -161,12 +199,8 @@ class Dispatcher:
         known = self.fleet.registry.groups()
         groups = [group for group in known if group.node == node or (not node and group.up)]
         if node and not groups:
-            raise self._no_node(node)
+            raise self._upkeep.unknown(node)
         return await self.fleet.flush_cache(groups, FLUSH_TIMEOUT_S)
-
-    def _no_node(self, node: str) -> NotFound:
-        known = sorted({group.node for group in self.fleet.registry.groups()})
-        return NotFound(f"there is no node {node!r}; known are {', '.join(known) or 'none'}", stage="router")
 
     def add_group(self, role: str, address: str) -> None:
         """Meet a group leader at host:port. role: "prefill" or "decode"."""
@@ -179,7 +213,8 @@ class Dispatcher:
     def status(self) -> dict[str, object]:
         """Groups, pairs and counts, JSON-able; what /health?verbose shows."""
         running = {"requests_running": self._admission.num_running, "requests_queued": self._admission.num_queued}
-        return {"ready": self.ready(), "model": self._config.name, **running, **status_of(self.fleet.registry)}
+        closing = {"summary": self._closing.message} if self._closing else {}
+        return {"ready": self.ready(), "model": self._config.name, **running, **status_of(self.fleet.registry), **closing}
 
     def metrics(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -204,82 +239,38 @@ class Dispatcher:
 
     def _receive(self, request: GenerateRequest) -> Received:
         self.num_received += 1
+        self._num_under_way += 1
+        self._quiet.clear()
         request_id = request.request_id or f"req-{self.fleet.chance.randbytes(8).hex()}"
         timeout_s = self._config.router.timeout_s if request.timeout_s is None else request.timeout_s
         return Received(
             request=replace(request, request_id=request_id),
-            inside_id=f"{request_id}~{self.num_received:x}",
+            inside_id=f"{request_id}~{self._inside_prefix}{self.num_received:x}",
             deadline=Deadline.after(timeout_s),
             received_s=now_s(),
+            patience_s=self._config.router.no_node_s,
         )
+
+    def check(self, request: GenerateRequest) -> None:
+        """Refuse at once what can be refused without its prompt's tokens. Raises InvalidRequest, or NotFound for another model."""
+        self._preparer.check(request)
 
     async def _prepare(self, received: Received) -> Prepared:
         request = received.request
-        if request.model not in ("", self._config.name):
-            raise NotFound(
-                f"there is no model {request.model!r}; this cluster serves {self._config.name!r}",
-                stage="router",
-                cause="model_not_found",
-                param="model",
-            )
-        if len(request.request_id) > MAX_REQUEST_ID_CHARS:
-            raise InvalidRequest(
-                f"request_id may have {MAX_REQUEST_ID_CHARS} characters, it has {len(request.request_id)}", param="request_id"
-            )
-        check_request(request, self._limits(max_model_len=self._config.max_model_len))
-        prompt_ids, echo_text = await self._tokenised(request, received.deadline)
-        max_model_len = await self._max_model_len(received.deadline)
-        check_prompt(prompt_ids, self._limits(max_model_len))
-        sampling = resolve(
-            request.sampling,
-            self.tokenizer.sampling_defaults,
-            self.tokenizer.eos_ids,
-            prompt_len=len(prompt_ids),
-            max_model_len=max_model_len,
-            default_max_tokens=request.default_max_tokens,
-            drawn_seed=self.fleet.chance.getrandbits(SEED_BITS),
-        )
-        return Prepared(
-            request_id=request.request_id,
-            prompt_ids=prompt_ids,
-            samplings=tuple(replace(sampling, seed=sequence_seed(sampling.seed, i)) for i in range(request.n)),
-            stop=request.sampling.stop,
-            skip_special_tokens=request.sampling.skip_special_tokens,
-            echo_text=echo_text,
-        )
+        self.check(request)
+        prompt_ids, echo_text = await self._preparer.tokenised(request, received.deadline)
+        return self._preparer.prepared(request, prompt_ids, echo_text, await self._max_model_len(received))
 
-    def _limits(self, max_model_len: int) -> Limits:
-        router = self._config.router
-        return Limits(max_model_len, self.tokenizer.vocab_size, max_n=router.max_n, max_timeout_s=router.max_timeout_s)
-
-    async def _tokenised(self, request: GenerateRequest, deadline: Deadline) -> tuple[tuple[int, ...], str]:
-        try:
-            async with asyncio.timeout(deadline.left_s()):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, self._tokenise, request)
-        except TimeoutError:
-            raise DeadlineExceeded("the deadline passed before the prompt was tokenised", stage="admission") from None
-
-    def _tokenise(self, request: GenerateRequest) -> tuple[tuple[int, ...], str]:
-        """The prompt's ids, and its text if it is to be repeated. Runs in a thread; the tokenizer is safe to share."""
-        prompt = request.prompt
-        if prompt.messages is not None:
-            ids = self.tokenizer.render_chat(prompt.messages, prompt.add_generation_prompt, prompt.template_values)
-        elif prompt.text is not None:
-            ids = self.tokenizer.encode(prompt.text)
-        else:
-            ids = prompt.token_ids or ()
-        if not request.echo:
-            return ids, ""
-        return ids, self.tokenizer.decode(ids) if prompt.text is None else prompt.text
-
-    async def _max_model_len(self, deadline: Deadline) -> int:
-        """The cluster's limit; known once a node has joined, for which a request waits a little."""
-        patience = Deadline.after(min(FIRST_PAIR_PATIENCE_S, 0.9 * deadline.left_s()))
+    async def _max_model_len(self, received: Received) -> int:
+        """The cluster's limit; known while a node is there, for which a request waits as long as for a pair."""
+        began_s = now_s()
+        patience = received.deadline.sooner(min(received.patience_s, 0.9 * received.deadline.left_s()))
         while (known := self.fleet.registry.max_model_len()) is None:
             self._check_open()
             self.fleet.registry.check_possible()
             if not await self.fleet.changed(patience.left_s()):
-                raise Unavailable(f"no node is ready: {self.fleet.registry.summary()}", stage="router", cause="no_nodes")
+                raise no_nodes(self.fleet)
+        received.patience_s = max(0.0, received.patience_s - (now_s() - began_s))
         return known
 
     async def _admit(self, received: Received) -> None:
@@ -315,6 +306,7 @@ class Dispatcher:
             prepared,
             received.inside_id,
             received.deadline,
+            no_node_s=received.patience_s,
             slow_client_s=self._config.router.slow_client_s,
             on_abandoned=lambda: self._abandoned(received),
         )
@@ -331,6 +323,9 @@ class Dispatcher:
                 received.first_token_s = answer.first_token_s - received.received_s
 
     def _account(self, received: Received) -> None:
+        self._num_under_way -= 1
+        if not self._num_under_way:
+            self._quiet.set()
         total_s = now_s() - received.received_s
         metrics, usage = self.fleet.metrics, received.usage
         if received.first_token_s is not None:
@@ -339,7 +334,7 @@ class Dispatcher:
         log.info(
             "request over",
             extra=fields(
-                request=received.request.request_id,
+                request=received.request.request_id[:_LOGGED_CHARS],
                 outcome=received.outcome,
                 prompt_tokens=usage.prompt_tokens,
                 cached_tokens=usage.cached_tokens,

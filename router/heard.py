@@ -83,6 +83,31 @@ class PullReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PullTotals:
+    """What a decode group has pulled in this router's life. seconds: the sum over pulls, which overlap. transport: of the last one."""
+
+    pulls: int = 0
+    blocks_pulled: int = 0
+    blocks_matched: int = 0
+    bytes_pulled: int = 0
+    seconds: float = 0.0
+    exposed_s: float = 0.0
+    transport: str = ""
+
+    def plus(self, report: PullReport) -> PullTotals:
+        """The totals after one more pull."""
+        return PullTotals(
+            self.pulls + 1,
+            self.blocks_pulled + report.blocks_pulled,
+            self.blocks_matched + report.blocks_matched,
+            self.bytes_pulled + report.bytes_pulled,
+            self.seconds + report.seconds,
+            self.exposed_s + report.exposed_s,
+            report.transport,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceFailed:
     """A node ended an attempt without a finish."""
 
@@ -102,3 +127,4 @@ class Heard:
     failed: tuple[SequenceFailed, ...] = ()
     pulls: tuple[PullReport, ...] = ()
     flushed: tuple[tuple[int, int], ...] = ()  # (number of the command, blocks freed)
+    known: tuple[tuple[str, int, int], ...] = ()  # (request id, attempt, next index): the answers to a Check

@@ -2,12 +2,9 @@
 
 Knows no nodes, clock, text or messages: it is told what was sent and what arrived, and says what may be delivered.
 
-    IDLE ──dispatch──▶ SENT ──token──▶ STREAMING ──finish──▶ FINISHED
-     ▲                  │                 │
-     └────setback───────┴─────────────────┘        any of the three ──fail──▶ FAILED, ──cancel──▶ CANCELLED
-
 A dispatch takes one attempt number for prefill and one for decode; both are live until the next dispatch. Events of any
-other attempt are dropped by rule, so late and doubled messages are harmless.
+other attempt are dropped by rule, so late and doubled messages are harmless. A dispatch that is *alone* has no prefill: the
+decode group computes the prompt itself.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ import enum
 from dataclasses import dataclass
 
 from baton.errors import InternalError
+from baton.lifecycle import Lifecycle
 from baton.request import FinishReason, Sampling, SequenceRequest, TokenEvent, TokenLogprob
 
 
@@ -62,24 +60,31 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Dispatch:
-    """What to send: the same sequence to both stages under two attempt numbers; decode None if prefill alone can finish it."""
+    """What to send: the same sequence to both stages under two attempt numbers.
 
-    prefill: SequenceRequest
+    prefill: None if alone. decode: None if prefill alone can finish the sequence. Never both.
+    """
+
+    prefill: SequenceRequest | None
     decode: SequenceRequest | None
 
 
 _UNDER_WAY = (Phase.SENT, Phase.STREAMING)
 _LIVE = (Phase.IDLE, *_UNDER_WAY)
-_NEXT: dict[tuple[Phase, Signal], Phase] = {
-    (Phase.IDLE, Signal.DISPATCH): Phase.SENT,
-    (Phase.SENT, Signal.TOKEN): Phase.STREAMING,
-    (Phase.STREAMING, Signal.TOKEN): Phase.STREAMING,
-    (Phase.SENT, Signal.SETBACK): Phase.IDLE,
-    (Phase.STREAMING, Signal.SETBACK): Phase.IDLE,
-    (Phase.STREAMING, Signal.FINISH): Phase.FINISHED,
-    **{(phase, Signal.FAIL): Phase.FAILED for phase in _LIVE},
-    **{(phase, Signal.CANCEL): Phase.CANCELLED for phase in _LIVE},
-}
+REQUEST_LIFE = Lifecycle[Phase, Signal](
+    "request",
+    Phase.IDLE,
+    {
+        (Phase.IDLE, Signal.DISPATCH): Phase.SENT,
+        (Phase.SENT, Signal.TOKEN): Phase.STREAMING,
+        (Phase.STREAMING, Signal.TOKEN): Phase.STREAMING,
+        (Phase.SENT, Signal.SETBACK): Phase.IDLE,
+        (Phase.STREAMING, Signal.SETBACK): Phase.IDLE,
+        (Phase.STREAMING, Signal.FINISH): Phase.FINISHED,
+        **{(phase, Signal.FAIL): Phase.FAILED for phase in _LIVE},
+        **{(phase, Signal.CANCEL): Phase.CANCELLED for phase in _LIVE},
+    },
+)
 
 
 class SequenceLife:
@@ -93,13 +98,14 @@ class SequenceLife:
         self.request_id = request_id
         self.prompt_ids = prompt_ids
         self.sampling = sampling
-        self.phase = Phase.IDLE
+        self.phase = REQUEST_LIFE.start
         self.cached_tokens: int | None = None
         self.attempt = 0
         self._emitted: list[int] = []
         self._early: dict[int, tuple[int, TokenLogprob | None]] = {}
         self._finish: tuple[int, FinishReason] | None = None
-        self._sent: Dispatch | None = None
+        self._sent = Dispatch(None, None)
+        self._first = 0  # output index at which the last dispatch began
         self._decode_heard = False
 
     @property
@@ -118,43 +124,49 @@ class SequenceLife:
         return self.phase not in _LIVE
 
     def step(self, signal: Signal) -> Phase:
-        """Every change of phase goes through here; one that cannot be is a bug."""
-        assert (self.phase, signal) in _NEXT, f"{self.request_id}: {signal.value} while {self.phase.value}"
-        self.phase = _NEXT[self.phase, signal]
+        """Every change of phase goes through here. Raises InternalError for one that cannot be."""
+        self.phase = REQUEST_LIFE.after(self.phase, signal)
         return self.phase
 
-    def dispatch(self) -> Dispatch:
+    def dispatch(self, *, alone: bool = False) -> Dispatch:
         """Start again from what was delivered, under new attempt numbers; all earlier ones are dropped from here on."""
         self.step(Signal.DISPATCH)
         self._early.clear()
         self._finish = None
         self._decode_heard = False
-        alone = self.sampling.max_tokens - len(self._emitted) == 1
-        prefill = self._request(self.emitted_ids)
-        self._sent = Dispatch(prefill, None if alone else self._request(prefill.emitted_ids))
+        self._first = len(self._emitted)
+        prefill = None if alone else self._request()
+        last_token = self.sampling.max_tokens - self._first == 1
+        self._sent = Dispatch(prefill, None if prefill and last_token else self._request())
         return self._sent
 
     def redirect(self) -> SequenceRequest:
         """Another decode attempt on the lease of the last dispatch: it repeats that dispatch's first token like the one before."""
-        assert self._sent is not None and self.phase in _UNDER_WAY
-        decode = self._request(self._sent.prefill.emitted_ids)
+        assert self._sent.prefill is not None and self.phase in _UNDER_WAY
+        decode = self._request()
         self._sent = Dispatch(self._sent.prefill, decode)
         return decode
 
-    def lost(self, attempt: int) -> Loss:
-        """What it means that `attempt` ended without a finish; changes nothing."""
-        if self.phase not in _UNDER_WAY or attempt not in self._live_attempts():
+    def lost(self, attempt: int, *, forgotten: bool = False) -> Loss:
+        """What it means that `attempt` ended without a finish; changes nothing.
+
+        forgotten: the node does not know the attempt, which may be because its part was over.
+        """
+        if not self._counts(attempt):
             return Loss.STALE
-        assert self._sent is not None
-        if attempt == self._sent.prefill.attempt:
-            return Loss.HARMLESS if self._decode_heard else Loss.WHOLE
-        base = len(self._sent.prefill.emitted_ids)
-        return Loss.DECODE_ONLY if not self._decode_heard and len(self._emitted) <= base + 1 else Loss.WHOLE
+        if _is(self._sent.prefill, attempt):
+            # Prefill forgets what was pulled; if it was not, the pull fails, and decode says so.
+            pulled = forgotten and self._sent.decode is not None and len(self._emitted) > self._first
+            return Loss.HARMLESS if self._decode_heard or pulled else Loss.WHOLE
+        return Loss.WHOLE if self._decode_heard or self._sent.prefill is None else Loss.DECODE_ONLY
+
+    def lacks(self, attempt: int, next_index: int) -> bool:
+        """Whether something of what `attempt` has said, everything before next_index, has never arrived, from it or from another."""
+        return self._counts(attempt) and any(index not in self._early for index in range(len(self._emitted), next_index))
 
     def awaits_decode(self, attempt: int) -> bool:
         """Whether `attempt` is the decode attempt under way and has not made a token yet."""
-        decode = self._sent.decode if self._sent and self.phase in _UNDER_WAY else None
-        return decode is not None and decode.attempt == attempt and not self._decode_heard
+        return self._counts(attempt) and _is(self._sent.decode, attempt) and not self._decode_heard
 
     def setback(self) -> None:
         """The dispatch failed; another may follow."""
@@ -171,37 +183,47 @@ class SequenceLife:
     def receive(self, event: TokenEvent) -> Delivery | None:
         """Take one event and return what it makes deliverable, if anything.
 
-        Raises InternalError if a node broke the protocol: an index outside max_tokens, logprobs that do not match.
+        Raises InternalError if a node broke the protocol: an index where none was asked for, logprobs that do not match, a
+        token other than the one that is known at its index (whoever says so goes on from what the client has not seen).
         """
-        if self.phase not in _UNDER_WAY or event.attempt not in self._live_attempts():
+        if not self._counts(event.attempt):
             return None
-        assert self._sent is not None
         self._check(event)
-        self._decode_heard |= self._sent.decode is not None and event.attempt == self._sent.decode.attempt
-        if self.cached_tokens is None:
-            self.cached_tokens = event.cached_tokens
+        self._decode_heard |= _is(self._sent.decode, event.attempt)
+        if self.cached_tokens is None and event.cached_tokens is not None:
+            self.cached_tokens = min(event.cached_tokens, len(self.prompt_ids))
         self._store(event)
         return self._deliver()
 
-    def _request(self, emitted_ids: tuple[int, ...]) -> SequenceRequest:
+    def _request(self) -> SequenceRequest:
         self.attempt += 1
-        return SequenceRequest(self.request_id, self.attempt, self.prompt_ids, self.sampling, emitted_ids)
+        return SequenceRequest(self.request_id, self.attempt, self.prompt_ids, self.sampling, tuple(self._emitted[: self._first]))
 
-    def _live_attempts(self) -> tuple[int, ...]:
-        assert self._sent is not None, "nothing is live before the first dispatch"
-        decode = self._sent.decode
-        return (self._sent.prefill.attempt,) if decode is None else (self._sent.prefill.attempt, decode.attempt)
+    def _counts(self, attempt: int) -> bool:
+        """Whether what is said of `attempt` matters: it is one of the dispatch under way."""
+        return self.phase in _UNDER_WAY and (_is(self._sent.prefill, attempt) or _is(self._sent.decode, attempt))
 
     def _check(self, event: TokenEvent) -> None:
-        assert self._sent is not None
-        first, end = len(self._sent.prefill.emitted_ids), event.output_index + len(event.token_ids)
-        if not event.token_ids or event.output_index < first or end > self.sampling.max_tokens:
-            raise InternalError(
-                f"a node sent output tokens {event.output_index}..{end} of {self.request_id} "
-                f"where {first}..{self.sampling.max_tokens} were asked for"
-            )
+        first, end = event.output_index, event.output_index + len(event.token_ids)
+        most = self._first + 1 if _is(self._sent.prefill, event.attempt) else self.sampling.max_tokens
+        if not self._first <= first < end <= most:
+            raise self._nonsense(f"output tokens {first}..{end} where {self._first}..{most} were asked for")
         if event.logprobs and len(event.logprobs) != len(event.token_ids):
-            raise InternalError(f"a node sent {len(event.logprobs)} logprobs for {len(event.token_ids)} tokens of {self.request_id}")
+            raise self._nonsense(f"{len(event.logprobs)} logprobs for {len(event.token_ids)} tokens")
+        if event.finish_reason is not None and end < len(self._emitted):
+            raise self._nonsense(f"an end after {end} tokens, where {len(self._emitted)} have come")
+        for index, token_id in enumerate(event.token_ids, first):
+            known = self._known(index)
+            if known not in (None, token_id):
+                raise self._nonsense(f"token {token_id} at output index {index}, which is {known}")
+
+    def _nonsense(self, what: str) -> InternalError:
+        return InternalError(f"a node sent {what}, for {self.request_id}", cause="protocol")
+
+    def _known(self, index: int) -> int | None:
+        if index < len(self._emitted):
+            return self._emitted[index]
+        return self._early[index][0] if index in self._early else None
 
     def _store(self, event: TokenEvent) -> None:
         logprobs: tuple[TokenLogprob | None, ...] = event.logprobs or (None,) * len(event.token_ids)
@@ -214,7 +236,7 @@ class SequenceLife:
     def _deliver(self) -> Delivery | None:
         first = len(self._emitted)
         ready: list[tuple[int, TokenLogprob | None]] = []
-        while len(self._emitted) in self._early:
+        while self._reason() is None and len(self._emitted) in self._early:
             ready.append(self._early.pop(len(self._emitted)))
             self._emitted.append(ready[-1][0])
         reason = self._reason()
@@ -231,3 +253,7 @@ class SequenceLife:
         if self._finish is not None and self._finish[0] == len(self._emitted):
             return self._finish[1]
         return FinishReason.LENGTH if len(self._emitted) == self.sampling.max_tokens else None
+
+
+def _is(request: SequenceRequest | None, attempt: int) -> bool:
+    return request is not None and request.attempt == attempt

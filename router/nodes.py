@@ -1,48 +1,35 @@
 """The router's end of the control streams: one `NodeLink` per group leader.
 
-Knows messages, streams, beats and reconnecting; nothing of what a request is about. What a node says comes out as plain
-`Heard` values through a `Listener`; what the router says goes into a bounded queue that one task writes.
+Knows messages, streams, beats and reconnecting; nothing of what a request is about, and judges nobody's silence. What a node says
+comes out as plain `Heard` values through a `Listener`; what the router says goes into a bounded queue that one task writes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import grpc
 
-from baton.config import PROTOCOL_VERSION
-from baton.errors import (
-    BatonError,
-    Cancelled,
-    DeadlineExceeded,
-    Incompatible,
-    InternalError,
-    InvalidRequest,
-    LeaseLost,
-    NodeLost,
-    ResourceExhausted,
-    Unavailable,
-)
+from baton.config import PROTOCOL_VERSION, MembershipConfig
+from baton.deadline import now_s
+from baton.errors import BatonError, Incompatible, InvalidRequest, NodeLost
 from baton.request import SequenceRequest
 from baton.rpc import open_channel, to_error
 from baton.v1 import node_pb2, node_pb2_grpc
-from baton.wire import counts_from_message, error_from_message, sequence_to_message, token_event_from_message
-from router.heard import GroupLoad, Heard, Hello, Layout, PullReport, Rank, SequenceFailed
+from baton.wire import sequence_to_message
+from router.heard import Heard
 from router.registry import Role
+from router.said import heard_from_message
 
 log = logging.getLogger(__name__)
 
 MAX_QUEUED_COMMANDS = 16_384
 HELLO_PATIENCE_S = 30.0
 _FIRST_RETRY_S, _LAST_RETRY_S = 0.1, 2.0
-_KINDS: dict[int, type[BatonError]] = {
-    grpc.StatusCode[kind.status].value[0]: kind
-    for kind in (InternalError, InvalidRequest, Cancelled, Unavailable, DeadlineExceeded, ResourceExhausted, Incompatible)
-}
-_KINDS_BY_CAUSE: dict[str, type[BatonError]] = {kind.default_cause: kind for kind in (NodeLost, LeaseLost)}
 
 OpenChannel = Callable[[str], grpc.aio.Channel]
 Command = node_pb2.PrefillCommand | node_pb2.DecodeCommand
@@ -62,12 +49,53 @@ class Listener(Protocol):
         """The node and this router do not understand each other; they try again until they do, and this is said every time."""
 
 
+class _Stream:
+    """What belongs to one stream and ends with it: the commands not written yet, and what the node has not taken of those sent.
+
+    unread: (number of the command, its tokens) of every sequence sent; an entry ends when the node says that it has taken it.
+    """
+
+    def __init__(self) -> None:
+        self.hello: node_pb2.NodeHello | None = None
+        self.outbox: asyncio.Queue[Command] = asyncio.Queue(MAX_QUEUED_COMMANDS)
+        self.unread: deque[tuple[int, int]] = deque(maxlen=MAX_QUEUED_COMMANDS)
+        self._num_put = 0
+        self._end: NodeLost | None = None
+        self._ended = asyncio.Event()
+
+    def put(self, command: Command, num_tokens: int = 0) -> None:
+        """Have a command written; num_tokens: of the sequence in it. Raises QueueFull."""
+        self.outbox.put_nowait(command)
+        self._num_put += 1
+        if num_tokens:
+            self.unread.append((self._num_put, num_tokens))
+
+    def taken(self, load: node_pb2.Load) -> None:
+        """The node said how far it has read; one that does not count is taken to have read all."""
+        while self.unread and (not load.HasField("taken") or self.unread[0][0] <= load.taken):
+            self.unread.popleft()
+
+    def end(self, error: NodeLost) -> None:
+        """Break the stream on purpose."""
+        self._end = self._end or error
+        self._ended.set()
+
+    async def watch(self) -> None:
+        """Raise what the stream was broken for, once it is."""
+        await self._ended.wait()
+        assert self._end is not None
+        raise self._end
+
+
 class NodeLink:
     """One long-lived Control stream to a group leader, made anew whenever it breaks, until `close`.
 
     The outgoing queue belongs to one stream and ends with it. If it overflows, the node does not read, and the stream is
     broken on purpose. Cancels that find no stream are owed: the next stream pays them first if the node is still in the same
     life (a node that comes back in another has forgotten the sequences anyway).
+
+    heard_s: when the node last said anything, be it that it refuses this router; at first, when the link was started.
+    trouble: why there is no stream, in the words of the last attempt; "" before the first failure.
     """
 
     def __init__(
@@ -76,40 +104,45 @@ class NodeLink:
         address: str,
         listener: Listener,
         router_incarnation: bytes,
+        membership: MembershipConfig,
         *,
-        beat_s: float = 1.0,
-        max_missed_beats: int = 6,
         open_channel: OpenChannel = open_channel,
     ) -> None:
         self.role = role
         self.address = address
+        self.heard_s = 0.0
+        self.trouble = ""
         self._listener = listener
         self._router_incarnation = router_incarnation
-        self._beat_s = beat_s
-        self._patience_s = beat_s * max_missed_beats
+        self._beat_s = membership.beat_s
+        self._last_retry_s = min(_LAST_RETRY_S, membership.dead_s / 3)  # a node that refuses must be heard to do so
         self._channel = open_channel(address)
-        self._outbox: asyncio.Queue[Command] | None = None
-        self._hello: node_pb2.NodeHello | None = None
+        self._stream: _Stream | None = None
         self._name = address
         self._incarnation = b""
-        self._last_heard_s = 0.0
         self._owed: dict[str, node_pb2.Cancel] = {}
-        self._overflow = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
     @property
-    def up(self) -> bool:
-        """Whether the node has said hello on a stream that is still open."""
-        return self._outbox is not None and self._hello is not None
+    def introduction(self) -> node_pb2.NodeHello | None:
+        """What the node said of itself on the stream that is open now."""
+        return self._stream.hello if self._stream else None
 
     @property
-    def suspect(self) -> bool:
-        """Whether half the patience has gone by in silence: such a node gets no new work."""
-        return asyncio.get_running_loop().time() - self._last_heard_s > self._patience_s / 2
+    def up(self) -> bool:
+        """Whether the node has said hello on a stream that is still open."""
+        return self.introduction is not None
+
+    @property
+    def unread(self) -> tuple[int, int]:
+        """Sequences sent that the node has not taken yet, and their tokens: its load does not include them."""
+        waiting = self._stream.unread if self._stream else ()
+        return len(waiting), sum(num_tokens for _, num_tokens in waiting)
 
     def start(self) -> None:
         """Connect, and stay connected, in the background."""
+        self.heard_s = now_s()
         self._task = asyncio.create_task(self._stay_connected(), name=f"link to {self.role} {self.address}")
 
     async def close(self) -> None:
@@ -119,32 +152,44 @@ class NodeLink:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        self._outbox = None
+        self._stream = None
         await self._channel.close(None)
+
+    def give_up(self, error: NodeLost) -> None:
+        """Break the stream, without a `lost`: whoever calls knows. Nothing more is heard on it; another is tried for at once."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.end(error)
 
     def prefill(self, sequence: SequenceRequest, lease_number: int, time_left_s: float) -> None:
         """Have a prefill node compute a sequence's prompt; lease 0: nobody will pull. Raises NodeLost."""
-        message = sequence_to_message(sequence, time_left_s)
-        self._send(prefill=node_pb2.PrefillRequest(sequence=message, lease_number=lease_number))
+        request = node_pb2.PrefillRequest(sequence=sequence_to_message(sequence, time_left_s), lease_number=lease_number)
+        self._send(_num_tokens(sequence), prefill=request)
 
     def accepted(self, lease_number: int) -> None:
         """Tell a prefill node that a decode group has reserved room for the reader of this lease. Raises NodeLost."""
         self._send(accepted=node_pb2.DecodeAccepted(lease_number=lease_number))
 
-    def decode(self, sequence: SequenceRequest, source: NodeLink, lease_number: int, time_left_s: float, *, introduce: bool) -> None:
-        """Have a decode group pull a lease of the prefill node `source` and generate. Raises NodeLost.
+    def decode(
+        self, sequence: SequenceRequest, source: NodeLink | None, lease_number: int, time_left_s: float, *, introduce: bool = True
+    ) -> None:
+        """Have a decode group generate; it pulls a lease of the prefill node `source`, or (None) computes the prompt itself.
 
-        introduce: say where the ranks of `source` can be read, which the group remembers from its first pull on.
+        introduce: say where the ranks of `source` can be read, which the group remembers from its first pull on. Raises NodeLost.
         """
-        if source._hello is None:
-            raise NodeLost(f"the prefill node at {source.address} is gone", stage="router", node=source.address)
-        request = node_pb2.DecodeRequest(
-            sequence=sequence_to_message(sequence, time_left_s),
-            lease=node_pb2.LeaseId(prefill_incarnation=source._hello.incarnation, number=lease_number),
-            transfer_address=source._hello.transfer_address,
-            exports=source._hello.exports if introduce else (),
-        )
-        self._send(decode=request)
+        request = node_pb2.DecodeRequest(sequence=sequence_to_message(sequence, time_left_s))
+        if source is not None:
+            hello = source.introduction
+            if hello is None:
+                raise NodeLost(f"the prefill node at {source.address} is gone", stage="router", node=source.address)
+            request.lease.prefill_incarnation, request.lease.number = hello.incarnation, lease_number
+            request.transfer_address = hello.transfer_address
+            request.exports.extend(hello.exports if introduce else ())
+        self._send(_num_tokens(sequence), decode=request)
+
+    def check(self, request_id: str, attempt: int) -> None:
+        """Ask whether an attempt that has been quiet is still there; the answer is a `known` or a failure. Raises NodeLost."""
+        self._send(check=node_pb2.Check(request_id=request_id, attempt=attempt))
 
     def cancel(self, request_id: str, attempt: int, reason: str) -> None:
         """End this attempt and all before it on the node; owed if there is no stream now, or none that is read. Never raises."""
@@ -160,17 +205,15 @@ class NodeLink:
         except NodeLost:
             self._owed[cancel.request_id] = cancel
 
-    def _send(self, **command: object) -> None:
-        if self._outbox is None or self._hello is None:
+    def _send(self, num_tokens: int = 0, **command: object) -> None:
+        if self._stream is None or self._stream.hello is None:
             raise NodeLost(f"there is no stream to the {self.role} node at {self.address}", stage="router", node=self._name)
         try:
-            self._outbox.put_nowait(self._command(**command))
+            self._stream.put(self._command(**command), num_tokens)
         except asyncio.QueueFull:
-            self._overflow.set()
-            raise self._unread() from None
-
-    def _unread(self) -> NodeLost:
-        return NodeLost(f"{self._name} has left {MAX_QUEUED_COMMANDS} commands unread", stage="router", node=self._name)
+            unread = NodeLost(f"{self._name} has left {MAX_QUEUED_COMMANDS} commands unread", stage="router", node=self._name)
+            self._stream.end(unread)
+            raise unread from None
 
     def _command(self, **command: object) -> Command:
         kind: Callable[..., Command] = node_pb2.PrefillCommand if self.role is Role.PREFILL else node_pb2.DecodeCommand
@@ -179,32 +222,34 @@ class NodeLink:
     async def _stay_connected(self) -> None:
         retry_s = _FIRST_RETRY_S
         while True:
-            error = await self._one_stream()
-            was_up = self.up
-            self._outbox = None
+            stream = self._stream = _Stream()
+            error = await self._run(stream)
             if self._closed:
                 return
-            if was_up:
-                retry_s = _FIRST_RETRY_S
-                log.warning("lost %s: %s", error.node, error)
-                self._listener.lost(self, error if isinstance(error, NodeLost) else NodeLost(error.message, node=error.node))
-            if isinstance(error, Incompatible):
-                self._listener.refused(self, error)
+            self._ended(stream, error)
+            retry_s = _FIRST_RETRY_S if stream.hello else retry_s
             await asyncio.sleep(retry_s)
-            retry_s = min(2 * retry_s, _LAST_RETRY_S)
+            retry_s = min(2 * retry_s, self._last_retry_s)
 
-    async def _one_stream(self) -> NodeLost | Incompatible:
+    def _ended(self, stream: _Stream, error: NodeLost | Incompatible) -> None:
+        given_up, self._stream, self.trouble = self._stream is not stream, None, error.message
+        if stream.hello and not given_up:
+            log.warning("lost %s: %s", error.node, error)
+            self._listener.lost(self, error if isinstance(error, NodeLost) else NodeLost(error.message, node=error.node))
+        if isinstance(error, Incompatible):
+            self.heard_s = now_s()
+            self._listener.refused(self, error)
+
+    async def _run(self, stream: _Stream) -> NodeLost | Incompatible:
         """Run a stream until it breaks; returns why. An edge: a bug while listening costs the stream, not the link."""
         error: NodeLost | Incompatible = NodeLost(f"the stream to {self._name} ended", node=self._name)
         call = self._open()
-        outbox: asyncio.Queue[Command] = asyncio.Queue(MAX_QUEUED_COMMANDS)
-        self._outbox, self._overflow, self._hello = outbox, asyncio.Event(), None
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._write(call, outbox))
-                tasks.create_task(self._beat(outbox))
-                tasks.create_task(self._watch_overflow())
-                await self._read(call)
+                tasks.create_task(self._write(call, stream))
+                tasks.create_task(self._beat(stream))
+                tasks.create_task(stream.watch())
+                await self._read(call, stream)
         except* Exception as group:
             error = self._why(group.exceptions[0])
         finally:
@@ -216,41 +261,45 @@ class NodeLink:
         call: Call = stub(self._channel).Control()
         return call
 
-    async def _write(self, call: Call, outbox: asyncio.Queue[Command]) -> None:
+    async def _write(self, call: Call, stream: _Stream) -> None:
         greeting = node_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_incarnation=self._router_incarnation)
         await call.write(self._command(hello=greeting))
         while True:
-            await call.write(await outbox.get())
+            await call.write(await stream.outbox.get())
 
-    async def _beat(self, outbox: asyncio.Queue[Command]) -> None:
+    async def _beat(self, stream: _Stream) -> None:
         number = 0
         while True:
             await asyncio.sleep(self._beat_s)
             number += 1
-            if not outbox.full():
-                outbox.put_nowait(self._command(beat=node_pb2.Beat(number=number)))
+            if not stream.outbox.full():
+                stream.put(self._command(beat=node_pb2.Beat(number=number)))
 
-    async def _watch_overflow(self) -> None:
-        await self._overflow.wait()
-        raise self._unread()
-
-    async def _read(self, call: Call) -> None:
-        loop = asyncio.get_running_loop()
+    async def _read(self, call: Call, stream: _Stream) -> None:
         async with asyncio.timeout(HELLO_PATIENCE_S) as patience:
             async for event in call:
-                self._last_heard_s = loop.time()
-                patience.reschedule(self._last_heard_s + self._patience_s)
+                if self._stream is not stream:
+                    break  # given up a moment ago
+                self.heard_s = now_s()
+                if not isinstance(event, node_pb2.NodeEvent):  # gRPC puts None in the place of what it cannot read
+                    raise InvalidRequest("it sends bytes that are no message")
+                heard = heard_from_message(event)
                 if event.HasField("hello"):
-                    self._met(event.hello)
-                self._listener.heard(self, heard_from_message(event))
+                    patience.reschedule(None)  # from here on whoever listens judges the silence
+                    self._met(stream, event.hello)
+                elif stream.hello is None:
+                    raise NodeLost(f"{self._name} spoke before its hello", stage="router", node=self._name)
+                if event.HasField("load"):
+                    stream.taken(event.load)
+                self._listener.heard(self, heard)
         raise NodeLost(f"{self._name} closed its stream", node=self._name)
 
-    def _met(self, hello: node_pb2.NodeHello) -> None:
+    def _met(self, stream: _Stream, hello: node_pb2.NodeHello) -> None:
         if hello.protocol_version != PROTOCOL_VERSION:
             versions = f"protocol {hello.protocol_version}, this router {PROTOCOL_VERSION}; update the older one"
             raise Incompatible(f"{hello.node} at {self.address} speaks {versions}", stage="router", node=hello.node)
         same_life = self._incarnation == hello.incarnation
-        self._hello, self._name, self._incarnation = hello, hello.node, hello.incarnation
+        stream.hello, self._name, self._incarnation = hello, hello.node, hello.incarnation
         owed, self._owed = self._owed, {}
         if same_life:
             for cancel in owed.values():
@@ -262,87 +311,17 @@ class NodeLink:
             case NodeLost() | Incompatible():
                 return error
             case TimeoutError():
-                return NodeLost(f"{name} said nothing for {self._patience_s:g} s", stage="router", node=name)
+                return NodeLost(f"{name} did not say hello within {HELLO_PATIENCE_S:g} s", stage="router", node=name)
             case grpc.aio.AioRpcError():
                 told = to_error(error, stage="router", node=name)
                 if isinstance(told, Incompatible):
                     return Incompatible(f"the {self.role} node at {self.address} says: {told.message}", stage="router", node=name)
                 return NodeLost(f"the stream to {name} broke: {error.details() or error.code().name}", stage="router", node=name)
+            case BatonError():
+                return NodeLost(f"{name} cannot be understood: {error.message}", stage="router", node=name, cause="malformed")
         log.error("the stream to %s broke for a reason of ours", name, exc_info=error)
         return NodeLost(f"the stream to {name} broke: {error!r}", stage="router", node=name)
 
 
-def heard_from_message(event: node_pb2.NodeEvent) -> Heard:
-    """A node's message as plain values."""
-    hello = event.hello if event.HasField("hello") else None
-    load = event.load if event.HasField("load") else (hello.load if hello else None)
-    return Heard(
-        hello=hello_from_message(hello) if hello else None,
-        load=load_from_message(load) if load else None,
-        tokens=tuple(token_event_from_message(token) for token in event.tokens),
-        accepted=tuple((item.request_id, item.attempt) for item in event.accepted),
-        failed=tuple(_failed(item) for item in event.errors),
-        pulls=_pulls(event.pulls),
-        flushed=tuple((item.number, item.blocks) for item in event.flushed),
-    )
-
-
-def hello_from_message(message: node_pb2.NodeHello) -> Hello:
-    """Who a node says it is."""
-    layout = message.layout
-    return Hello(
-        node=message.node,
-        group=message.group,
-        incarnation=message.incarnation,
-        protocol_version=message.protocol_version,
-        model_fingerprint=message.model_fingerprint,
-        dtype=message.dtype,
-        quantization=message.quantization,
-        max_model_len=message.max_model_len,
-        layout=Layout(
-            axes=tuple(layout.axes),
-            block_size=layout.block_size,
-            part_dims=tuple(layout.part_dims),
-            dtype=layout.dtype,
-            model_num_layers=layout.model_num_layers,
-            model_num_kv_heads=layout.model_num_kv_heads,
-        ),
-        ranks=tuple(Rank(rank.rank, rank.pid, rank.host) for rank in message.ranks),
-        transfer_address=message.transfer_address,
-    )
-
-
-def load_from_message(message: node_pb2.Load) -> GroupLoad:
-    """A group's figures."""
-    return GroupLoad(
-        waiting_sequences=message.waiting_sequences,
-        running_sequences=message.running_sequences,
-        waiting_tokens=message.waiting_tokens,
-        blocks=counts_from_message(message.blocks),
-        open_leases=message.open_leases,
-        open_pulls=message.open_pulls,
-        steps=message.steps,
-        step_seconds=message.step_seconds,
-        draining=message.draining,
-    )
-
-
-def _failed(message: node_pb2.SequenceError) -> SequenceFailed:
-    kind = _KINDS_BY_CAUSE.get(message.error.cause) or _KINDS.get(message.code, InternalError)
-    return SequenceFailed(message.request_id, message.attempt, error_from_message(message.error, kind))
-
-
-def _pulls(messages: Sequence[node_pb2.PullReport]) -> tuple[PullReport, ...]:
-    return tuple(
-        PullReport(
-            request_id=message.request_id,
-            attempt=message.attempt,
-            blocks_pulled=message.blocks_pulled,
-            blocks_matched=message.blocks_matched,
-            bytes_pulled=message.bytes_pulled,
-            seconds=message.seconds,
-            exposed_s=message.exposed_s,
-            transport=message.transport,
-        )
-        for message in messages
-    )
+def _num_tokens(sequence: SequenceRequest) -> int:
+    return len(sequence.prompt_ids) + len(sequence.emitted_ids)

@@ -1,7 +1,8 @@
 """Which pair of groups gets a request. Pure: knows what the groups last said about themselves, sends nothing.
 
 Least loaded: prefill by tokens still to be computed, decode by whether the prompt finds room, then by sequences per group.
-Ties go to the smaller name, so equal views give equal choices.
+Ties go to the smaller name, so equal views give equal choices. A decode group that can compute the prompt itself (a pair without
+prefill: *alone*) is a way out, not a choice: it is taken only while no prefill group at all is open.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+Names = tuple[str | None, str]
+
 
 @dataclass(frozen=True, slots=True)
 class GroupView:
-    """What the router knows about a group. name: unique, "prefill-0" or "decode-0/1".
+    """What the router knows about a group. name: unique, "prefill-0" or "decode-0/1". ready: in the cluster, and not silent.
 
     Figures are the group's last word; sent_sequences and sent_tokens are what this router sent there that the figures
     cannot include yet. usable_blocks: free or cached, each of block_size tokens; 0 blocks of 0 tokens where unknown.
@@ -48,34 +51,47 @@ class GroupView:
 
 def choose(
     groups: Sequence[GroupView],
-    proven: Collection[tuple[str, str]],
+    proven: Collection[Names],
     prompt_len: int,
     *,
     avoid: Collection[str] = (),
     prefill: str | None = None,
-) -> tuple[str, str] | None:
+) -> Names | None:
     """The (prefill, decode) names for a prompt of `prompt_len` tokens, out of the proven pairs; None if no pair is open.
 
-    avoid: groups that failed this request before, used only if there is nothing else. prefill: only decode is still to be
-    chosen, since the blocks are there already; whether that group takes new work does not matter then.
+    proven: prefill None where the decode group is alone. groups: also those in no proven pair, for an open prefill group keeps
+    others from being alone. avoid: groups that failed this request before, used only if there is nothing else. prefill: only
+    decode is still to be chosen, since the blocks are there already; whether that group takes new work does not matter then.
     """
     views = {view.name: view for view in groups}
-    pairs = [
-        (views[source], views[target])
-        for source, target in proven
-        if source in views and target in views and views[target].open and (source == prefill if prefill else views[source].open)
-    ]
-    best = min(pairs, key=lambda pair: _cost(pair[0], pair[1], prompt_len, avoid), default=None)
-    return (best[0].name, best[1].name) if best else None
+    alone = not any(view.open for view in groups if view.role == "prefill")
+
+    def fits(source: str | None, target: str) -> bool:
+        if target not in views or not views[target].open:
+            return False
+        if prefill is not None:
+            return source == prefill and source in views
+        return alone if source is None else source in views and views[source].open
+
+    def cost(pair: Names) -> tuple[object, ...]:
+        return _cost(views[pair[0]] if pair[0] is not None else None, views[pair[1]], prompt_len, avoid)
+
+    return min((pair for pair in proven if fits(*pair)), key=cost, default=None)
 
 
-def _cost(prefill: GroupView, decode: GroupView, prompt_len: int, avoid: Collection[str]) -> tuple[object, ...]:
-    failed = (prefill.name in avoid) + (decode.name in avoid)
-    return (failed, not decode.room_for(prompt_len), *_prefill_cost(prefill), *_decode_cost(decode))
+def _cost(prefill: GroupView | None, decode: GroupView, prompt_len: int, avoid: Collection[str]) -> tuple[object, ...]:
+    failed = (prefill is not None and prefill.name in avoid) + (decode.name in avoid)
+    room = decode.room_for(prompt_len)
+    return (failed, not room, *(_prefill_cost(prefill) if prefill else _alone_cost(decode)), *_decode_cost(decode))
 
 
 def _prefill_cost(view: GroupView) -> tuple[int, int, str]:
     return (view.waiting_tokens + view.sent_tokens, view.num_sequences, view.name)
+
+
+def _alone_cost(view: GroupView) -> tuple[int, int, str]:
+    """Prompts are computed there too, so what waits for that counts before the number of sequences."""
+    return (view.waiting_tokens + view.sent_tokens, 0, "")
 
 
 def _decode_cost(view: GroupView) -> tuple[int, int, str]:

@@ -1,7 +1,7 @@
-"""Proof of pairs: a pair of nodes is used only after a tiny real request has run through exactly it.
+"""Proof of pairs: a pair of nodes is used only after a tiny real request has run through exactly it; so is a decode group alone.
 
 Knows when a pair needs a proof and how long to wait after a failed one; never gives a pair up (a fault must not become
-permanent by its first occurrence).
+permanent by its first occurrence). While one pair is under proof, others serve.
 """
 
 from __future__ import annotations
@@ -54,25 +54,38 @@ class Prover:
                 self._proofs[pair] = asyncio.create_task(self._prove(pair), name=f"proof of {pair.name}")
 
     async def _prove(self, pair: Pair) -> None:
-        retry_s = _FIRST_RETRY_S
+        retry_s, lives = _FIRST_RETRY_S, pair.lives
         try:
             while pair.reachable and not pair.proven:
-                if error := await self._try(pair):
-                    pair.last_error = error.message
-                    pair.lasting_failures = 0 if error.retryable else pair.lasting_failures + 1
-                    self._fleet.notify()
-                    log.warning("a pair failed its proof", extra=fields(pair=pair.name, cause=error.cause, why=error.message))
-                    await asyncio.sleep(retry_s)
+                if pair.lives != lives:  # what another life did wrong is none of this one's business
+                    retry_s, lives = _FIRST_RETRY_S, pair.lives
+                error = await self._try(pair)
+                if error is not None and pair.lives == lives:
+                    self._failed(pair, error)
+                    await self._pause(pair, retry_s)
                     retry_s = min(2 * retry_s, _LAST_RETRY_S)
         finally:
             del self._proofs[pair]
             self._fleet.notify()
 
+    def _failed(self, pair: Pair, error: BatonError) -> None:
+        pair.last_error = error.message
+        pair.lasting_failures = 0 if error.retryable else pair.lasting_failures + 1
+        self._fleet.notify()
+        log.warning("a pair failed its proof", extra=fields(pair=pair.name, cause=error.cause, why=error.message))
+
+    async def _pause(self, pair: Pair, pause_s: float) -> None:
+        """Wait before another try, but not for a pair that has begun a new life, or is gone."""
+        lives, deadline = pair.lives, Deadline.after(pause_s)
+        while pair.lives == lives and pair.reachable and await self._fleet.changed(deadline.left_s()):
+            continue
+
     async def _try(self, pair: Pair) -> BatonError | None:
         """Run one request through the pair. It proves these two lives of the nodes, not those that may have come meanwhile."""
         self._num_proofs += 1
         sampling = Sampling(max_tokens=PROOF_TOKENS, temperature=0.0)
-        life = SequenceLife(f"proof-{self._num_proofs}", self._prompt_ids, sampling)
+        # Nodes outlive routers: what one asked for must not be taken for what another does.
+        life = SequenceLife(f"proof-{self._fleet.incarnation.hex()[:8]}-{self._num_proofs}", self._prompt_ids, sampling)
         lives = pair.lives
         try:
             await Relay(self._fleet, life, Deadline.after(PROOF_TIMEOUT_S), lambda delivery: None, only=pair).run()

@@ -1,8 +1,9 @@
 """Who is in the cluster, as the router sees it: groups, their last word, and which pairs may be used.
 
 Plain state without network or clock; `router/nodes.py` fills it from streams, `router/fleet.py` asks it. A *group* is what the
-router addresses: a prefill node, or one data-parallel group of a decode node. A *pair* (prefill node, decode group) is
-compared once when both have said who they are, and is used only after a tiny real request has run through it.
+router addresses: a prefill node, or one data-parallel group of a decode node; its life is `router/membership.py`'s table. A *pair*
+(prefill node, decode group), or a decode group *alone*, is compared when it is known who they are, and is used only after a tiny
+real request has run through it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from dataclasses import dataclass, field
 
 from baton.errors import Unavailable
 from router.compare import refusal
-from router.heard import GroupLoad, Hello, PullReport
+from router.heard import GroupLoad, Hello, PullTotals
+from router.membership import GROUP_LIFE, UP, GroupEvent, GroupState, NodeReport
 
 _MAX_REASONS = 4
 _LASTING = 3  # failed proofs in a row before a launch gives up; a fault must not count by its first occurrence
+_SERVES = (GroupState.READY, GroupState.DRAINING)
+_DOWN = (GroupState.SUSPECT, GroupState.GONE, GroupState.DEAD)
 
 
 class Role(enum.StrEnum):
@@ -26,63 +30,25 @@ class Role(enum.StrEnum):
     DECODE = "decode"
 
 
-class GroupState(enum.StrEnum):
-    """joining: not heard from yet; ready: takes work; draining: finishes what it has; gone: its stream is broken.
-
-    refused: it and this router do not understand each other; it is asked again and again, since another may come in its place.
-    """
-
-    JOINING = "joining"
-    READY = "ready"
-    DRAINING = "draining"
-    GONE = "gone"
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True, slots=True)
-class PullTotals:
-    """What a decode group has pulled in this router's life. seconds: the sum over pulls, which overlap. transport: of the last one."""
-
-    pulls: int = 0
-    blocks_pulled: int = 0
-    blocks_matched: int = 0
-    bytes_pulled: int = 0
-    seconds: float = 0.0
-    exposed_s: float = 0.0
-    transport: str = ""
-
-    def plus(self, report: PullReport) -> PullTotals:
-        """The totals after one more pull."""
-        return PullTotals(
-            self.pulls + 1,
-            self.blocks_pulled + report.blocks_pulled,
-            self.blocks_matched + report.blocks_matched,
-            self.bytes_pulled + report.bytes_pulled,
-            self.seconds + report.seconds,
-            self.exposed_s + report.exposed_s,
-            report.transport,
-        )
-
-
 @dataclass(slots=True, eq=False)
 class Group:
     """One group. Made by `add`, ended by `remove`; between them only the registry changes it.
 
-    sent_sequences, sent_tokens: what was sent since the group last reported its load, which cannot include it yet.
-    asked_to_drain: the operator's wish, kept over reconnects and incarnations until the group is removed.
-    refusal: why this router cannot work with it, "" if it can; until it says hello in a way that can be understood.
+    sent_sequences, sent_tokens: what was sent and the group has not taken yet, so that its load cannot include it.
+    why: what it was lost, condemned or refused for, "" if it was not; until its next hello. held_by: another group of its node,
+    which is silent or lost, "" if none is: ranks that step together wait for it, and a node is rebuilt as a unit anyway.
     """
 
     address: str
     role: Role
-    state: GroupState = GroupState.JOINING
+    state: GroupState = GROUP_LIFE.start
     hello: Hello | None = None
     load: GroupLoad = field(default_factory=GroupLoad)
     sent_sequences: int = 0
     sent_tokens: int = 0
-    asked_to_drain: bool = False
-    refusal: str = ""
-    pulls: PullTotals = PullTotals()
+    why: str = ""
+    held_by: str = ""
+    pulls: PullTotals = field(default_factory=PullTotals)
 
     @property
     def number(self) -> int:
@@ -114,23 +80,34 @@ class Group:
     @property
     def up(self) -> bool:
         """Whether it can be talked to."""
-        return self.state in (GroupState.READY, GroupState.DRAINING)
+        return self.state in UP
 
     @property
     def ready(self) -> bool:
         """Whether new work may be sent."""
-        return self.state is GroupState.READY
+        return self.state is GroupState.READY and not self.held_by
+
+    @property
+    def refusal(self) -> str:
+        """Why this router cannot work with it, "" if it can, or if that is not known any more."""
+        return self.why if self.state is GroupState.REFUSED else ""
+
+    @property
+    def trouble(self) -> str:
+        """Why it takes no work although it should, for people; "" if it does."""
+        return self.why or (f"{self.name} has to wait for {self.held_by}" if self.held_by else "")
 
 
 @dataclass(slots=True, eq=False)
 class Pair:
-    """A prefill node and a decode group. mismatch: what they differ in that they must share, "" if in nothing.
+    """A prefill node and a decode group; prefill None: a decode group *alone*, which computes prompts itself.
 
-    proven ends with the incarnation of either side, or when a pull between them fails. last_error: of the last failed proof.
-    lasting_failures: proofs in a row that failed for reasons which a retry should meet again.
+    mismatch: what they differ in that they must share, "" if in nothing. proven ends with the incarnation of either side, or when
+    a pull between them fails. last_error: of the last failed proof. lasting_failures: proofs in a row that failed for reasons
+    which a retry should meet again.
     """
 
-    prefill: Group
+    prefill: Group | None
     decode: Group
     mismatch: str = ""
     proven: bool = False
@@ -138,9 +115,14 @@ class Pair:
     lasting_failures: int = 0
 
     @property
+    def groups(self) -> tuple[Group, ...]:
+        """The one or two groups of it."""
+        return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
+
+    @property
     def refusal(self) -> str:
         """Why the pair can never be used as these nodes are, "" if it can."""
-        return self.prefill.refusal or self.decode.refusal or self.mismatch
+        return next((group.refusal for group in self.groups if group.refusal), self.mismatch)
 
     @property
     def trouble(self) -> str:
@@ -149,18 +131,18 @@ class Pair:
 
     @property
     def known(self) -> bool:
-        """Whether both sides have said who they are."""
-        return self.prefill.hello is not None and self.decode.hello is not None
+        """Whether all sides have said who they are."""
+        return all(group.hello is not None for group in self.groups)
 
     @property
     def reachable(self) -> bool:
-        """Whether both sides take work and may work together."""
-        return self.known and not self.refusal and self.prefill.ready and self.decode.ready
+        """Whether all sides take work and may work together."""
+        return self.known and not self.refusal and all(group.ready for group in self.groups)
 
     @property
-    def lives(self) -> tuple[bytes, bytes]:
-        """The incarnations of both sides: a proof counts for these."""
-        return self.prefill.incarnation, self.decode.incarnation
+    def lives(self) -> tuple[bytes, ...]:
+        """The incarnations of all sides: a proof counts for these."""
+        return tuple(group.incarnation for group in self.groups)
 
     @property
     def usable(self) -> bool:
@@ -168,37 +150,73 @@ class Pair:
         return self.proven and self.reachable
 
     @property
+    def hopeless(self) -> bool:
+        """Whether it is refused, or keeps failing its proof for reasons that do not pass."""
+        return bool(self.refusal) or self.lasting_failures >= _LASTING
+
+    @property
+    def failing(self) -> bool:
+        """Whether nobody can count on it now: it is refused, or its last proof or pull failed."""
+        return bool(self.refusal) or (bool(self.last_error) and not self.proven)
+
+    def readable(self, prefill: Group) -> bool:
+        """Whether the decode group may read what lies on `prefill` already, be it that this group takes no new work."""
+        return self.prefill is prefill and prefill.up and self.proven and not self.refusal and self.decode.ready
+
+    @property
     def name(self) -> str:
-        """ "prefill-0 → decode-0/1"."""
-        return f"{self.prefill.name} → {self.decode.name}"
+        """ "prefill-0 → decode-0/1", or "decode-0/1 alone"."""
+        return f"{self.decode.name} alone" if self.prefill is None else f"{self.prefill.name} → {self.decode.name}"
+
+    def compare(self, mismatch: str) -> None:
+        """The sides are others than before: what is known of the pair begins anew."""
+        self.mismatch, self.proven, self.last_error, self.lasting_failures = mismatch, False, "", 0
 
 
 class Registry:
-    """State owner: the router's loop. Groups are keyed by address, since a name is known only after the first hello."""
+    """State owner: the router's loop. Groups are keyed by address, since a name is known only after the first hello.
+
+    reports: what the supervisor last said of each node. A wish to drain is kept by the node's name, over reconnects and rebuilt
+    nodes, until it is taken back. _agreed: of the last prefill group that fitted a decode group: who works alone must fit it, too.
+    """
 
     def __init__(self) -> None:
+        self.reports: dict[str, NodeReport] = {}
         self._groups: dict[str, Group] = {}
         self._pairs: dict[tuple[str, str], Pair] = {}
+        self._alone: dict[str, Pair] = {}
+        self._drained: dict[str, None] = {}
+        self._agreed: Hello | None = None
 
     def groups(self) -> tuple[Group, ...]:
         """All groups, in the order they were added."""
         return tuple(self._groups.values())
 
     def pairs(self) -> tuple[Pair, ...]:
-        """All pairs, usable or not."""
-        return tuple(self._pairs.values())
+        """All pairs, usable or not; those of a decode group alone come last."""
+        return (*self._pairs.values(), *self._alone.values())
 
     def usable(self) -> Iterator[Pair]:
         """Pairs that a client's request may be sent through now."""
-        return (pair for pair in self._pairs.values() if pair.usable)
+        return (pair for pair in self.pairs() if pair.usable)
+
+    def siblings(self, group: Group) -> tuple[Group, ...]:
+        """The other groups of a group's node."""
+        return tuple(other for other in self._groups.values() if _node(other) == _node(group) and other.number != group.number)
+
+    def complete(self) -> bool:
+        """Whether a pair of two groups is usable, or a decode group alone in a cluster without prefill: what a launch waits for."""
+        return any(pair.usable for pair in self._wanted())
 
     def summary(self) -> str:
         """How things stand, in one line for people: "1 of 2 prefill nodes and 0 of 1 decode groups are ready; …", with what is wrong."""
         counts = {role: [group.ready for group in self._groups.values() if group.role is role] for role in Role}
         prefill, decode = (f"{sum(ready)} of {len(ready)} {role}" for role, ready in counts.items())
-        proven = sum(pair.usable for pair in self._pairs.values())
+        proven, alone = (sum(pair.usable for pair in pairs.values()) for pairs in (self._pairs, self._alone))
         said = f"{prefill} nodes and {decode} groups are ready; {proven} of {len(self._pairs)} pairs are proven and usable"
-        wrong = _listed(pair.trouble for pair in self._pairs.values() if not pair.usable)
+        said += f"; decode groups that can serve alone: {alone}" if alone and not proven else ""
+        reasons = [report.said for report in self.reports.values()] + [group.trouble for group in self._groups.values()]
+        wrong = _listed(reasons + [pair.trouble for pair in self.pairs() if not pair.usable])
         return f"{said}: {wrong}" if wrong else said
 
     def check_possible(self) -> None:
@@ -206,16 +224,17 @@ class Registry:
 
         A node that has not said hello yet may still change that, and so may one that takes the place of another.
         """
-        refusals = [pair.refusal for pair in self._pairs.values()]
-        if refusals and all(refusals):
+        refusals = [pair.refusal for pair in self.pairs()]
+        if refusals and all(refusals) and not self._coming():
             reasons = _listed(refusals)
             raise Unavailable(f"no two nodes can work together: {reasons}", stage="router", cause="incompatible", retryable=False)
 
     def check_provable(self) -> None:
         """Raise Unavailable, with the reasons, if every pair is refused or keeps failing its proof in a way that does not pass."""
         self.check_possible()
-        if self._pairs and all(pair.refusal or pair.lasting_failures >= _LASTING for pair in self._pairs.values()):
-            reasons = _listed(pair.trouble for pair in self._pairs.values())
+        wanted = self._wanted()
+        if wanted and all(pair.hopeless for pair in wanted) and not self._coming():
+            reasons = _listed(pair.trouble for pair in wanted)
             raise Unavailable(f"no pair of nodes passed its proof: {reasons}", stage="router", cause="proof", retryable=False)
 
     def max_model_len(self) -> int | None:
@@ -223,7 +242,7 @@ class Registry:
 
         A group that is refused by all others gets no work, so what it takes does not matter.
         """
-        groups = {group for pair in self._pairs.values() if not pair.refusal for group in (pair.prefill, pair.decode)}
+        groups = (group for pair in self.pairs() if not pair.refusal for group in pair.groups)
         return min((group.hello.max_model_len for group in groups if group.ready and group.hello), default=None)
 
     def get(self, address: str) -> Group | None:
@@ -234,6 +253,8 @@ class Registry:
         """A group to be met at `address`; the one already there if it has the same role."""
         group = self._groups.setdefault(address, Group(address, role))
         assert group.role is role, f"{address} is a {group.role} group"
+        if role is Role.DECODE:
+            self._alone.setdefault(address, Pair(None, group))
         for other in self._groups.values():
             if other.role is not role:
                 prefill, decode = (group, other) if role is Role.PREFILL else (other, group)
@@ -243,55 +264,119 @@ class Registry:
     def remove(self, address: str) -> None:
         """Forget a group and its pairs."""
         if address in self._groups:
-            self._groups.pop(address).state = GroupState.GONE
+            self._step(self._groups.pop(address), GroupEvent.REMOVE)
+        self._alone.pop(address, None)
         self._pairs = {key: pair for key, pair in self._pairs.items() if address not in key}
 
     def joined(self, group: Group, hello: Hello, load: GroupLoad) -> None:
         """A group said who it is. A new incarnation has to be compared and proven anew; the same one has not."""
         renewed = group.incarnation != hello.incarnation
-        group.hello = hello
-        group.state, group.refusal = GroupState.READY, ""
+        if group.hello is None and group.address in self._drained:  # asked before it said its name
+            self._drained[hello.node] = self._drained.pop(group.address)
+        group.hello, group.why = hello, ""
+        self._step(group, GroupEvent.HELLO)
         self.loaded(group, load)
         if renewed:
-            for pair in self._of(group):
-                self._compare(pair)
+            self._compare(group)
 
-    def loaded(self, group: Group, load: GroupLoad) -> None:
-        """A group's figures changed. One that drains by itself takes no new work, until it says otherwise."""
-        group.load = load
-        group.sent_sequences = group.sent_tokens = 0
-        self._open_or_close(group)
+    def loaded(self, group: Group, load: GroupLoad, *, sent_sequences: int = 0, sent_tokens: int = 0) -> None:
+        """A group said its figures, and that it has not taken so much yet. One that drains by itself gets no new work meanwhile."""
+        group.load, group.sent_sequences, group.sent_tokens = load, sent_sequences, sent_tokens
+        self.heard(group)
 
-    def lost(self, group: Group) -> None:
+    def heard(self, group: Group) -> None:
+        """A group said something. What is late, of a stream that broke, changes nothing."""
+        if group.up:
+            self._step(group, GroupEvent.HEARD)
+            self._open_or_close(group)
+
+    def judged(self, group: Group, event: GroupEvent, why: str) -> bool:
+        """A group is silent (SILENT, EXPIRE; see membership.judge); whether that is news. A refusal ends with whoever refused."""
+        if not GROUP_LIFE.allows(group.state, event):
+            return False
+        self._step(group, event)
+        if event is GroupEvent.EXPIRE:
+            group.why = why
+            for pair in (*self._pairs.values(), *self._alone.values()):
+                pair.proven &= group not in pair.groups  # should it come back in this life, it has to show that it works
+        return True
+
+    def lost(self, group: Group, why: str) -> None:
         """A group's stream broke; it may come back."""
-        group.state = GroupState.GONE
+        group.why = why
+        self._step(group, GroupEvent.BROKE)
 
     def refused(self, group: Group, why: str) -> None:
         """A group and this router do not understand each other."""
-        group.state, group.refusal = GroupState.REFUSED, why
+        group.why = why
+        self._step(group, GroupEvent.REFUSE)
 
     def drain(self, node: str) -> tuple[Group, ...]:
-        """Send no new work to a node's groups; returns them (none: no such node)."""
+        """Send no new work to a node, in this life and others, until `restore`; returns its groups (none: nothing is done)."""
+        return self._wish(node, drained=True)
+
+    def restore(self, node: str) -> tuple[Group, ...]:
+        """Take the wish to drain a node back; returns its groups."""
+        return self._wish(node, drained=False)
+
+    def _wish(self, node: str, drained: bool) -> tuple[Group, ...]:
         found = tuple(group for group in self._groups.values() if group.node == node)
+        self._drained.pop(node, None)
+        if drained and (found or node in self.reports):
+            self._drained[node] = None
         for group in found:
-            group.asked_to_drain = True
             self._open_or_close(group)  # and nothing else: what was sent a moment ago is not in the group's figures yet
         return found
 
-    @staticmethod
-    def _open_or_close(group: Group) -> None:
-        if group.up:
-            group.state = GroupState.DRAINING if group.asked_to_drain or group.load.draining else GroupState.READY
+    def _open_or_close(self, group: Group) -> None:
+        closed = group.load.draining or group.node in self._drained
+        event = GroupEvent.DRAIN if closed else GroupEvent.OPEN
+        if GROUP_LIFE.allows(group.state, event):
+            self._step(group, event)
 
-    def _of(self, group: Group) -> Iterator[Pair]:
-        return (pair for pair in self._pairs.values() if group is pair.prefill or group is pair.decode)
+    def _step(self, group: Group, event: GroupEvent) -> None:
+        """Every change of state goes through here."""
+        before, group.state = group.state, GROUP_LIFE.after(group.state, event)
+        if group.state is not before or event is GroupEvent.HELLO:
+            self._hold()
 
-    @staticmethod
-    def _compare(pair: Pair) -> None:
-        pair.proven = False
-        pair.last_error, pair.lasting_failures = "", 0
-        prefill, decode = pair.prefill.hello, pair.decode.hello
-        pair.mismatch = refusal(prefill, decode) if prefill and decode else ""
+    def _hold(self) -> None:
+        """Say of every group whether another of its node holds it. One whose place has been taken, by a node of that name, does not."""
+        known = [group for group in self._groups.values() if group.hello]
+        served = {(_node(group), group.number) for group in known if group.state in _SERVES}
+        down = [group for group in known if group.state in _DOWN and (_node(group), group.number) not in served]
+        for group in known:
+            holding = (other.name for other in down if _node(other) == _node(group) and other.number != group.number)
+            group.held_by = next(holding, "")
+
+    def _wanted(self) -> tuple[Pair, ...]:
+        return tuple((self._pairs or self._alone).values())
+
+    def _coming(self) -> bool:
+        return any(report.coming for report in self.reports.values())
+
+    def _compare(self, group: Group) -> None:
+        for pair in self._pairs.values():
+            if pair.prefill and group in pair.groups:
+                prefill, decode = pair.prefill.hello, pair.decode.hello
+                pair.compare(refusal(prefill, decode) if prefill and decode else "")
+                self._agreed = prefill if pair.known and not pair.mismatch else self._agreed
+        for alone in self._alone.values():
+            mismatch = self._mismatch_alone(alone.decode)
+            if alone.decode is group or alone.mismatch != mismatch:
+                alone.compare(mismatch)
+
+    def _mismatch_alone(self, decode: Group) -> str:
+        """A decode group whose model fits no prefill group must not answer in their place when they are away."""
+        if decode.hello is None:
+            return ""
+        if self._agreed is not None:
+            return refusal(self._agreed, decode.hello)
+        return next((pair.mismatch for pair in self._pairs.values() if pair.decode is decode and pair.mismatch), "")
+
+
+def _node(group: Group) -> tuple[Role, str]:
+    return group.role, group.node
 
 
 def _listed(reasons: Iterable[str]) -> str:

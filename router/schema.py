@@ -7,19 +7,21 @@ the model are admission's. A field that is not supported is refused by name unle
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from baton.errors import InvalidRequest
 from baton.request import SEED_BITS, GenerateRequest, Prompt, SamplingAsked
+from router.schema_json import SHOWN_CHARS, read_json, shown
 
 MAX_LOGPROBS = 20
+MAX_ITEMS = 16_384  # of one list that is looked at item by item; what is allowed is less, and admission's affair
+MAX_RID_CHARS = 128
 _NOTHING: tuple[object, ...] = (0, "", [], {})
-_SHOWN = 120
+_EXPLAINED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,10 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one HTTP request may ask for: max_n answers per prompt, max_prompts prompts."""
+    """What one HTTP request may ask for: max_prompts prompts, max_answers to all of them together. Of one prompt: admission's n."""
 
-    max_n: int = 128
     max_prompts: int = 1024
+    max_answers: int = 4096
 
 
 def nothing(*names: str) -> dict[str, tuple[object, ...]]:
@@ -73,10 +75,12 @@ class Accepted(BaseModel):
         if name in cls.unsupported:
             if value in cls.unsupported[name]:
                 return False
-            raise _Refused(name, f"{name} is not supported (given: {_shown(value)}); leave it out")
+            raise _Refused(name, f"{name} is not supported (given: {shown(value)}); leave it out")
         if name not in cls.model_fields:
             close = difflib.get_close_matches(name, cls.model_fields, n=1)
-            raise _Refused(name, f"{name} is not a known field" + (f"; did you mean {close[0]}?" if close else ""))
+            raise _Refused(
+                name[:SHOWN_CHARS], f"{name[:SHOWN_CHARS]} is not a known field" + (f"; did you mean {close[0]}?" if close else "")
+            )
         return True
 
 
@@ -112,18 +116,26 @@ def _token_ids(value: list[int]) -> tuple[int, ...]:
     return tuple(value)
 
 
+def _few(value: object) -> object:
+    """A list that is short enough to be looked at: pydantic would explain what is wrong with every item."""
+    if isinstance(value, list) and len(value) > MAX_ITEMS:
+        raise ValueError(f"must have at most {MAX_ITEMS} items (given: {len(value)})")
+    return value
+
+
 def _stops(value: object) -> object:
-    return ([value] if value else []) if isinstance(value, str) else value
+    return ([value] if value else []) if isinstance(value, str) else _few(value)
 
 
 def _joined_text(value: object) -> object:
     """A message's content as text; its parts are joined by line breaks, as vLLM does."""
     if not isinstance(value, list):
         return value
+    _few(value)
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"content parts must be {{'type': 'text', 'text': …}}; {_shown(kind)} is not supported")
+            raise ValueError(f"content parts must be {{'type': 'text', 'text': …}}; {shown(kind)} is not supported")
     return "\n".join(part["text"] for part in value)
 
 
@@ -139,18 +151,19 @@ Stops = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidat
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**SEED_BITS)]
 Count = Annotated[int, BeforeValidator(_some), Field(ge=1, lt=2**31)]
+Few = BeforeValidator(_few)
 
 
 class SamplingFields(Accepted):
     """Sampling as both interfaces name it. n is the number of answers per prompt."""
 
-    n: int = Field(1, ge=1)
+    n: int = Field(1, ge=1, lt=2**31)
     temperature: float | None = Field(None, ge=0)
     top_k: int | None = Field(None, ge=-1, lt=2**31)
     top_p: float | None = Field(None, gt=0, le=1)
     min_p: float | None = Field(None, ge=0, le=1)
     stop: Stops = ()
-    stop_token_ids: tuple[TokenId, ...] = ()
+    stop_token_ids: Annotated[tuple[TokenId, ...], Few] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
 
@@ -217,7 +230,7 @@ class CompletionBody(OpenAIBody):
     prompt: Prompts
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: int | None = None
+    best_of: int | None = Field(None, lt=2**31)
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -229,7 +242,7 @@ class CompletionBody(OpenAIBody):
 
     def requests(self, request_id: str, timeout_s: float | None, limits: Limits) -> tuple[GenerateRequest, ...]:
         """One request per prompt."""
-        check_counts(len(self.prompt.items), self.n, limits)
+        check_counts([self.n] * len(self.prompt.items), limits)
         return tuple(
             GenerateRequest(
                 prompt=as_prompt(prompt),
@@ -283,7 +296,7 @@ class ChatBody(OpenAIBody):
         "include_reasoning": (True,),
     }
 
-    messages: tuple[ChatMessage, ...]
+    messages: Annotated[tuple[ChatMessage, ...], Few]
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
@@ -300,7 +313,6 @@ class ChatBody(OpenAIBody):
 
     def requests(self, request_id: str, timeout_s: float | None, limits: Limits) -> tuple[GenerateRequest, ...]:
         """The one request of a conversation; without a limit of tokens it may fill the context."""
-        check_counts(1, self.n, limits)
         messages = tuple(message.as_dict() for message in self.messages)
         max_tokens = self.max_completion_tokens or self.max_tokens
         request = GenerateRequest(
@@ -324,27 +336,9 @@ def parse(kind: type[T], body: bytes) -> T:
         return kind.model_validate(read_json(body))
     except ValidationError as error:
         wrong = error.errors(include_url=False)
-        raise InvalidRequest("; ".join(_explain(item) for item in wrong), param=_field(wrong[0])) from error
-
-
-def read_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`, whose strings are all Unicode text and whose numbers are all finite."""
-    try:
-        text = body.decode("utf-8")
-        content = json.loads(text, parse_constant=_refuse_constant)
-        if "\\u" in text:  # only an escape can spell half a surrogate pair, which is no text
-            json.dumps(content, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"the body is not UTF-8: byte {error.start} is {body[error.start]:#04x}") from error
-    except UnicodeEncodeError as error:
-        raise InvalidRequest("the body holds half a surrogate pair (an escape from \\ud800 to \\udfff alone), which is no text") from error
-    except RecursionError as error:
-        raise InvalidRequest("the body is nested too deeply") from error
-    except ValueError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InvalidRequest(f"the body must be a JSON object (given: {_shown(content)})")
-    return content
+        more = f"; and {len(wrong) - _EXPLAINED} more" if len(wrong) > _EXPLAINED else ""
+        explained = "; ".join(_explain(item) for item in wrong[:_EXPLAINED])
+        raise InvalidRequest(explained + more, param=_field(wrong[0])) from error
 
 
 def part_ids(request_id: str, count: int) -> tuple[str, ...]:
@@ -357,16 +351,14 @@ def as_prompt(prompt: str | tuple[int, ...]) -> Prompt:
     return Prompt(text=prompt) if isinstance(prompt, str) else Prompt(token_ids=prompt)
 
 
-def check_counts(num_prompts: int, n: int, limits: Limits) -> None:
-    """Refuse more answers or prompts than allowed, with the numbers."""
-    if n > limits.max_n:
-        raise InvalidRequest(f"n must be at most {limits.max_n} (given: {n})", param="n")
-    if num_prompts > limits.max_prompts:
-        raise InvalidRequest(f"one request may hold at most {limits.max_prompts} prompts (given: {num_prompts})", param="prompt")
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+def check_counts(ns: Sequence[int], limits: Limits) -> None:
+    """Refuse more prompts, or answers to all of them, than one body may ask for. ns: the number of answers of each prompt."""
+    if len(ns) > limits.max_prompts:
+        raise InvalidRequest(f"one request may hold at most {limits.max_prompts} prompts (given: {len(ns)})", param="prompt")
+    if len(ns) > 1 and sum(ns) > limits.max_answers:
+        raise InvalidRequest(
+            f"one request may ask for at most {limits.max_answers} answers to its prompts together (given: {sum(ns)})", param="n"
+        )
 
 
 def _explain(item: Any) -> str:
@@ -376,15 +368,10 @@ def _explain(item: Any) -> str:
         return f"{where}: {message}" if where else message
     if item["type"] == "missing":
         return f"{where} is required"
-    return f"{where or 'body'}: {item['msg']} (given: {_shown(item['input'])})"
+    return f"{where or 'body'}: {item['msg']} (given: {shown(item['input'])})"
 
 
 def _field(item: Any) -> str:
     """Which field is at fault, dotted: "temperature", "messages.0.content"; "" where it is the body as a whole."""
     error = item.get("ctx", {}).get("error")
     return ".".join([*(str(part) for part in item["loc"]), *([error.field] if isinstance(error, _Refused) else [])])
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -10,8 +10,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from baton.request import GenerateRequest
 from router.schema import (
     MAX_LOGPROBS,
+    MAX_RID_CHARS,
     Accepted,
     Count,
+    Few,
     Limits,
     PromptList,
     Prompts,
@@ -56,12 +58,12 @@ class NativeBody(Accepted):
 
     text: Prompts | None = None
     input_ids: Prompts | None = None
-    sampling_params: Annotated[tuple[NativeSampling, ...], BeforeValidator(_as_list)] = (NativeSampling(),)
+    sampling_params: Annotated[tuple[NativeSampling, ...], BeforeValidator(_as_list), Few] = (NativeSampling(),)
     stream: bool = False
     return_logprob: bool = False
     top_logprobs_num: int = Field(0, ge=0, le=MAX_LOGPROBS)
     return_text_in_logprobs: bool = False
-    rid: str = Field("", max_length=128)
+    rid: str = Field("", max_length=MAX_RID_CHARS)
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
@@ -89,7 +91,7 @@ class NativeBody(Accepted):
     def requests(self, request_id: str, timeout_s: float | None, limits: Limits) -> tuple[GenerateRequest, ...]:
         """One request per prompt; without a limit 128 tokens each."""
         prompts = self.prompts.items
-        check_counts(len(prompts), max(sampling.n for sampling in self.samplings), limits)
+        check_counts([sampling.n for sampling in self.samplings], limits)
         ids = part_ids(self.rid or request_id, len(prompts))
         return tuple(self._request(*part, timeout_s) for part in zip(prompts, self.samplings, ids, strict=True))
 

@@ -7,8 +7,8 @@ import logging
 
 from baton.config import BatonConfig
 from baton.errors import DeadlineExceeded
-from baton.rpc import Health, bind, join, make_server
-from baton.telemetry import fields
+from baton.rpc import Door, Health, bind, join, make_server
+from baton.telemetry import Refusals, fields
 from baton.tokenizer import Tokenizer, unapplied_sampling
 from router.dispatch import Dispatcher
 from router.service import add_services
@@ -17,6 +17,8 @@ from router.web import WebServer, create_app, serve
 log = logging.getLogger(__name__)
 
 GRACE_S = 2.0
+GRPC_IDLE_S = 300.0
+SPARE_CALLS = 256  # beside requests that run and wait: those that are being read, checked and refused
 
 
 class RouterServer:
@@ -25,7 +27,10 @@ class RouterServer:
     def __init__(self, config: BatonConfig) -> None:
         self._config = config
         self._dispatcher: Dispatcher | None = None
-        self._grpc = make_server(config.router.max_body_bytes)
+        self._max_calls = config.router.max_running + config.router.max_queue + SPARE_CALLS
+        refusals = Refusals("grpc", log, lambda reason: self.dispatcher.fleet.metrics.refused("grpc", reason))
+        door = Door(refusals, max_calls=self._max_calls, always=("baton.v1.Admin",))
+        self._grpc = make_server(config.router.max_body_bytes, door, idle_s=GRPC_IDLE_S)
         self._web: WebServer | None = None
         self._health: asyncio.Task[None] | None = None
 
@@ -45,28 +50,35 @@ class RouterServer:
         health = add_services(self._grpc, self._dispatcher, router.api_keys, router.slow_client_s)
         grpc_port = bind(self._grpc, router.host, router.grpc_port)
         await self._grpc.start()
+        refusals = self._dispatcher.fleet.metrics.refusals("http", log)
         app = create_app(
             self._dispatcher,
             model_name=config.name,
             api_keys=router.api_keys,
             max_body_bytes=router.max_body_bytes,
-            max_n=router.max_n,
             slow_client_s=router.slow_client_s,
+            max_exchanges=self._max_calls,
+            refusals=refusals,
         )
-        self._web, http_port = await serve(app, router.host, router.http_port)
+        self._web, http_port = await serve(app, router.host, router.http_port, refusals=refusals)
         self._dispatcher.start()
         self._health = asyncio.create_task(self._show_health(health), name="health")
         return {"http": join(router.host, http_port), "grpc": join(router.host, grpc_port)}
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Return once a pair is proven; DeadlineExceeded says how things stand if none is by then, Unavailable why none ever will be."""
+        """Return once the launch is complete (see Registry.complete). DeadlineExceeded says how things stand if it is not by then,
+        Unavailable why it never will be.
+        """
         if not await self.dispatcher.wait_ready(timeout_s):
             raise DeadlineExceeded(f"not ready after {timeout_s:g} s: {self.dispatcher.fleet.registry.summary()}", stage="router")
 
-    async def stop(self) -> None:
-        """End all requests, each with an error its client still gets, and close all ports."""
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Take no more requests, give those that run drain_s seconds, end the rest with an error its client still gets, close all ports.
+
+        While the requests finish the ports are open, and health says that nobody should come.
+        """
         if self._dispatcher is not None:
-            self._dispatcher.shut()
+            await self._dispatcher.wind_down(drain_s)
         if self._health is not None:
             self._health.cancel()
             await asyncio.wait([self._health])
@@ -84,4 +96,4 @@ class RouterServer:
             if said != (ready := self.dispatcher.ready()):
                 await health.set_serving(ready)
                 said = ready
-            await self.dispatcher.fleet.changed(None)
+            await self.dispatcher.fleet.changed(self._config.membership.beat_s)

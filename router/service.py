@@ -24,6 +24,7 @@ from baton.wire import chunk_to_message, counts_to_message, generate_request_fro
 from router.choices import whole
 from router.dispatch import Dispatcher
 from router.heard import GroupLoad
+from router.membership import NodeReport
 from router.registry import Group, Pair
 
 log = logging.getLogger(__name__)
@@ -102,19 +103,29 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             model=self._dispatcher.model_card().name,
             groups=[group_to_message(group) for group in registry.groups()],
             pairs=[pair_to_message(pair) for pair in registry.pairs()],
+            nodes=[node_to_message(report) for report in registry.reports.values()],
             requests_running=self._dispatcher.num_running,
             requests_total=self._dispatcher.num_received,
             router_pid=os.getpid(),
         )
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainReply:
-        """Send no new work to a node and wait until it is idle or timeout_s is over (0: do not wait)."""
+        """Send no new work to a node; what is still there after timeout_s (0: at once) goes on elsewhere."""
         await check_key(self._keys, context)
         try:
-            idle = await self._dispatcher.drain(request.node, request.timeout_s)
+            drained = await self._dispatcher.drain(request.node, request.timeout_s, request.retire)
         except BatonError as error:
             await abort(context, error)
-        return admin_pb2.DrainReply(idle=idle)
+        return admin_pb2.DrainReply(idle=drained.idle, handed_over=drained.handed_over)
+
+    async def Restore(self, request: admin_pb2.RestoreRequest, context: Context) -> admin_pb2.RestoreReply:
+        """Take a drained node back into service."""
+        await check_key(self._keys, context)
+        try:
+            self._dispatcher.restore(request.node)
+        except BatonError as error:
+            await abort(context, error)
+        return admin_pb2.RestoreReply()
 
     async def FlushCache(self, request: admin_pb2.FlushCacheRequest, context: Context) -> admin_pb2.FlushCacheReply:
         """Forget cached prefixes that no sequence uses."""
@@ -169,8 +180,14 @@ def group_to_message(group: Group) -> admin_pb2.GroupStatus:
 
 
 def pair_to_message(pair: Pair) -> admin_pb2.PairStatus:
-    """One pair for operators."""
-    return admin_pb2.PairStatus(prefill=pair.prefill.name, decode=pair.decode.name, proven=pair.proven, refusal=pair.refusal)
+    """One pair for operators; prefill "": the decode group alone."""
+    prefill = pair.prefill.name if pair.prefill else ""
+    return admin_pb2.PairStatus(prefill=prefill, decode=pair.decode.name, proven=pair.proven, refusal=pair.refusal)
+
+
+def node_to_message(report: NodeReport) -> admin_pb2.NodeStatus:
+    """A node as its supervisor sees it."""
+    return admin_pb2.NodeStatus(node=report.node, role=report.role, stage=report.stage, why=report.why, lives=report.lives)
 
 
 def load_to_message(load: GroupLoad) -> node_pb2.Load:

@@ -8,10 +8,11 @@ from router.registry import Group, Pair, Registry
 
 
 def status_of(registry: Registry) -> dict[str, object]:
-    """All groups and pairs: {"groups": [...], "pairs": [...], "summary": text}."""
+    """All groups, pairs and supervised nodes: {"groups": [...], "pairs": [...], "nodes": [...], "summary": text}."""
     return {
         "groups": [_group(group) for group in registry.groups()],
         "pairs": [_pair(pair) for pair in registry.pairs()],
+        "nodes": [asdict(report) for report in registry.reports.values()],
         "summary": registry.summary(),
     }
 
@@ -24,6 +25,7 @@ def _group(group: Group) -> dict[str, object]:
         "role": group.role.value,
         "state": group.state.value,
         "refusal": group.refusal,
+        "why": group.trouble,
         "address": group.address,
         "incarnation": group.incarnation.hex(),
         "ranks": [asdict(rank) for rank in group.hello.ranks] if group.hello else [],
@@ -35,8 +37,9 @@ def _group(group: Group) -> dict[str, object]:
 
 def _pair(pair: Pair) -> dict[str, object]:
     return {
-        "prefill": pair.prefill.name,
+        "prefill": pair.prefill.name if pair.prefill else "",
         "decode": pair.decode.name,
+        "name": pair.name,
         "proven": pair.proven,
         "usable": pair.usable,
         "refusal": pair.refusal,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import math
+import logging
 import re
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -21,12 +21,12 @@ from starlette.responses import Response
 
 from baton.errors import BatonError, InternalError, InvalidRequest, NotFound, TooLarge, Unauthenticated
 from baton.request import Chunk, GenerateRequest, Prompt
-from baton.telemetry import CONTENT_TYPE
+from baton.telemetry import CONTENT_TYPE, Refusals
 from baton.tokenizer import Tokenizer
 from router.flush import Flushed
 from router.schema import ChatBody, CompletionBody, Limits, ModelCard, parse
 from router.schema_native import NativeBody
-from router.web_answers import AnswerFormat, Frame, Json, error_json, to_json
+from router.web_answers import AnswerFormat, Frame, Json, error_json, error_response, to_json
 from router.web_middleware import Exchanges, exchange_of
 from router.web_native import NativeAnswer
 from router.web_openai import ChatAnswer, CompletionAnswer, needs_prompt_ids
@@ -35,7 +35,12 @@ from router.web_stream import EventStream, Numbered, alone, event_bytes, gathere
 
 __all__ = ["Generates", "HttpFront", "WebServer", "create_app", "serve"]
 
+log = logging.getLogger(__name__)
+
+MAX_EXCHANGES = 8192
 _DROPPED_BODIES = 4
+# What an operator and a load balancer look at: open to all, and answered when everything else is full.
+_ALWAYS = ("/health", "/metrics")
 
 
 class Generates(Protocol):
@@ -44,6 +49,9 @@ class Generates(Protocol):
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
+
+    def check(self, request: GenerateRequest) -> None:
+        """Refuse at once, before anything is tokenised, what `generate` would refuse. Raises InvalidRequest or NotFound."""
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """The answer: each choice's last chunk has finish_reason, the last of all has usage. aclose cancels the request everywhere."""
@@ -68,14 +76,20 @@ class HttpFront:
     """The routes. Holds no state but its settings: what a request needs lives in the task that answers it."""
 
     def __init__(
-        self, router: Generates, model_name: str, api_keys: Sequence[str], max_body_bytes: int, limits: Limits, slow_client_s: float
+        self,
+        router: Generates,
+        model_name: str,
+        api_keys: Sequence[str],
+        max_body_bytes: int,
+        slow_client_s: float,
+        refusals: Refusals,
     ) -> None:
         self._router = router
         self._model_name = model_name
         self._api_keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
-        self._limits = limits
         self._slow_client_s = slow_client_s
+        self._refusals = refusals
 
     async def authenticate(self, request: Request) -> None:
         """Refuse a request without one of the keys, if there are any. Compares all of them, each in constant time."""
@@ -87,21 +101,21 @@ class HttpFront:
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
         body = parse(CompletionBody, await self._body(request))
-        requests = body.requests(*self._identity(request), self._limits)
+        requests = body.requests(*self._identity(request), Limits())
         frame = await self._frame(f"cmpl-{exchange_of(request.scope).request_id}", body.model, requests, needs_prompt_ids(body))
         return await self._respond(request, requests, CompletionAnswer(frame, body), body.stream)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         body = parse(ChatBody, await self._body(request))
-        requests = body.requests(*self._identity(request), self._limits)
+        requests = body.requests(*self._identity(request), Limits())
         frame = await self._frame(f"chatcmpl-{exchange_of(request.scope).request_id}", body.model, requests, needs_prompt_ids(body))
         return await self._respond(request, requests, ChatAnswer(frame, body), body.stream)
 
     async def native(self, request: Request) -> Response:
         """POST /generate."""
         body = parse(NativeBody, await self._body(request))
-        requests = body.requests(*self._identity(request), self._limits)
+        requests = body.requests(*self._identity(request), Limits())
         frame = await self._frame(body.rid or exchange_of(request.scope).request_id, "", requests, body.stream)
         return await self._respond(request, requests, NativeAnswer(frame, body), body.stream)
 
@@ -180,12 +194,29 @@ class HttpFront:
 
     async def _frame(self, answer_id: str, model: str, requests: Sequence[GenerateRequest], with_ids: bool) -> Frame:
         self._check_model(model or self._model_name)
+        for asked in requests:
+            self._router.check(asked)
         ids = [await asyncio.to_thread(_prompt_ids, self._router.tokenizer, r.prompt) for r in requests] if with_ids else []
         return Frame(answer_id, int(time.time()), self._model_name, self._router.tokenizer, ids)
 
     def _check_model(self, name: str) -> None:
         if name != self._model_name:
             raise NotFound(f"the model {name!r} is not served here; {self._model_name!r} is", cause="model_not_found", param="model")
+
+    async def on_error(self, _: Request, error: Exception) -> Response:
+        """An error of ours in the place of an answer; what is the client's is counted."""
+        assert isinstance(error, BatonError)
+        if 400 <= error.http_status < 499:
+            self._refusals.add(error.cause, error.message)
+        return error_response(error)
+
+    async def on_http_error(self, request: Request, error: Exception) -> Response:
+        """A path or method that there is not."""
+        assert isinstance(error, HTTPException)
+        known = NotFound if error.status_code == 404 else InvalidRequest
+        told = known(f"{request.method} {request.scope['path'][:200]}: {error.detail}")
+        self._refusals.add(told.cause, told.message)
+        return Response(to_json(error_json(told)), error.status_code, headers=error.headers, media_type="application/json")
 
     def _card(self) -> Json:
         card = self._router.model_card()
@@ -198,14 +229,17 @@ def create_app(
     model_name: str,
     api_keys: Sequence[str] = (),
     max_body_bytes: int = 8 * 2**20,
-    max_n: int = 128,
     slow_client_s: float = 60.0,
+    max_exchanges: int = MAX_EXCHANGES,
+    refusals: Refusals | None = None,
 ) -> FastAPI:
     """The ASGI application. With api_keys, every route but /health and /metrics asks for one.
 
     slow_client_s: how long a client may take to send its body, or leave its stream unread, before it is given up.
+    max_exchanges: at a time, /health and /metrics apart. refusals: counts what is refused.
     """
-    front = HttpFront(router, model_name, api_keys, max_body_bytes, Limits(max_n=max_n), slow_client_s)
+    refusals = refusals or Refusals("http", log)
+    front = HttpFront(router, model_name, api_keys, max_body_bytes, slow_client_s, refusals)
     app = FastAPI(openapi_url=None)
     guarded = APIRouter(dependencies=[Depends(front.authenticate)])
     guarded.add_api_route("/v1/completions", front.completions, methods=["POST"])
@@ -217,34 +251,17 @@ def create_app(
     app.include_router(guarded)
     app.add_api_route("/health", front.health, methods=["GET"])
     app.add_api_route("/metrics", front.metrics, methods=["GET"])
-    app.add_exception_handler(BatonError, _on_baton_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(BatonError, front.on_error)
+    app.add_exception_handler(HTTPException, front.on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_bug)
-    app.add_middleware(Exchanges)
+    app.add_middleware(Exchanges, refusals=refusals, most=max_exchanges, always=frozenset(_ALWAYS))
     return app
 
 
 def json_response(content: Json | list[Json], status: int = 200) -> Response:
     """JSON as this front writes it."""
     return Response(to_json(content), status, media_type="application/json")
-
-
-async def _on_baton_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, BatonError)
-    response = json_response(error_json(error), error.http_status)
-    if error.http_status == 429 or error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
-    if error.http_status == 401:
-        response.headers["WWW-Authenticate"] = "Bearer"
-    return response
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    known = NotFound if error.status_code == 404 else InvalidRequest
-    content = error_json(known(f"{request.method} {request.url.path}: {error.detail}"))
-    return Response(to_json(content), error.status_code, headers=error.headers, media_type="application/json")
 
 
 async def _on_disconnect(_: Request, __: Exception) -> Response:

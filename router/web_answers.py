@@ -1,15 +1,18 @@
 """What the three answer formats share: collecting the chunks of a choice, counting usage, errors and events as JSON.
 
-Pure. Knows chunks and JSON; knows no HTTP and no particular format.
+Pure. Knows chunks, JSON and how HTTP carries an error; knows no routes and no particular format.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Protocol
+
+from starlette.responses import Response
 
 from baton.errors import BatonError
 from baton.request import Chunk, FinishReason, TokenLogprob, Usage
@@ -122,8 +125,18 @@ def to_json(content: Json | list[Json]) -> bytes:
 def error_json(error: BatonError) -> Json:
     """OpenAI's error object, with what Baton knows beside it: stage, node and whether a retry makes sense."""
     content: Json = {"message": error.message, "type": _error_type(error.http_status), "param": error.param or None, "code": error.cause}
-    known = {"stage": error.stage, "node": error.node}
+    known = {"stage": error.stage, "node": error.node, "retry_after_s": error.retry_after_s}
     return {"error": content | {name: value for name, value in known.items() if value} | {"retryable": error.retryable}}
+
+
+def error_response(error: BatonError) -> Response:
+    """An error in the place of an answer. Whoever is told to come back (429 always) is told when, in whole seconds."""
+    response = Response(to_json(error_json(error)), error.http_status, media_type="application/json")
+    if error.http_status == 429 or error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
+    if error.http_status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
 
 
 def _error_type(status: int) -> str:

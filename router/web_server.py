@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import resource
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from baton.errors import ConfigError
+from baton.telemetry import Refusals
+from router.web_connection import Connection, Connections
+
+log = logging.getLogger(__name__)
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
+HEAD_S = 20.0
+MAX_HEAD_BYTES = 32 * 2**10
+MAX_CONNECTIONS = 16_384
 GRACE_S = 5
 # On Linux a peer that acknowledges nothing, or keeps its window shut, for this long is gone; sooner than a client's own patience.
 USER_TIMEOUT_MS = 120_000
@@ -55,14 +66,27 @@ class WebServer(uvicorn.Server):
             await self._running
 
 
-async def serve(app: FastAPI, host: str, port: int, grace_s: int = GRACE_S) -> tuple[WebServer, int]:
+async def serve(
+    app: FastAPI,
+    host: str,
+    port: int,
+    grace_s: int = GRACE_S,
+    *,
+    refusals: Refusals | None = None,
+    max_connections: int = MAX_CONNECTIONS,
+    head_s: float = HEAD_S,
+) -> tuple[WebServer, int]:
     """Serve `app` on host:port (0: any free port) in the running loop; the server and its port. ConfigError if it cannot listen there.
 
-    grace_s: what running exchanges get when the server is stopped, before they are cancelled.
+    grace_s: what running exchanges get when the server is stopped, before they are cancelled. refusals: counts connections that came
+    to nothing. max_connections: at most, and at most half of the descriptors that this process may have.
     """
     listener = _listen(host, port)
+    most = min(max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    connections = Connections(refusals or Refusals("http", log), most=most, head_s=head_s, idle_s=KEEP_ALIVE_S)
     config = uvicorn.Config(
         app,
+        http=cast("Any", partial(Connection, connections)),
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -71,6 +95,7 @@ async def serve(app: FastAPI, host: str, port: int, grace_s: int = GRACE_S) -> t
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=grace_s,
         backlog=BACKLOG,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
     server = WebServer(config)
     await server.run_on(listener)

@@ -81,6 +81,12 @@ class Batch:
     @classmethod
     def build(cls, rows: Sequence[Row], new_blocks: Sequence[tuple[int, int]] = ()) -> Batch:
         """Lay out rows as arrays. new_blocks: (block id, generation) pairs to stamp before the step writes."""
+        if not rows and not new_blocks:
+            return _EMPTY
+        return cls._laid_out(rows, new_blocks)
+
+    @classmethod
+    def _laid_out(cls, rows: Sequence[Row], new_blocks: Sequence[tuple[int, int]]) -> Batch:
         lens = np.array([len(row.token_ids) for row in rows], np.int32)
         starts = np.concatenate([np.zeros(1, np.int32), np.cumsum(lens, dtype=np.int32)])
         samples = [row.sample for row in rows if row.sample]
@@ -164,6 +170,9 @@ def _padded(tables: Sequence[Sequence[int]]) -> Int32:
     for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table
     return padded
+
+
+_EMPTY = Batch._laid_out((), ())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -167,8 +167,8 @@ class _Place(Generic[Item]):
 class WaitingLine(Generic[Item]):
     """Who waits to be started, by arrival. State owner: the scheduler that made it, which also ends what is in it.
 
-    One that finds no room does not hold up those behind it, until it was overtaken `age_limit` times: from then on
-    nothing younger starts before it does.
+    One that finds no room does not hold up those behind it, until younger ones have overtaken it `age_limit` times: from then on
+    it has the first turn, and nobody starts before it does.
     """
 
     def __init__(self, age_limit: int) -> None:
@@ -195,24 +195,33 @@ class WaitingLine(Generic[Item]):
     def serve(self, start: Callable[[Item], Answer], turn: Callable[[Item], Any] | None = None) -> None:
         """Try to start everyone, by arrival or by `turn`, least first; those that started are no longer in line."""
         passed: list[_Place[Item]] = []
-        started: set[int] = set()
-        most_overtaken = 0
-        for place in self._places if turn is None else sorted(self._places, key=lambda place: turn(place.item)):
-            if passed and most_overtaken >= self._age_limit:
+        started: list[int] = []
+        for place in self._places if turn is None else self._in_turn(turn):
+            if any(self._aged(other) for other in passed):
                 break
             answer = start(place.item)
             if answer is Answer.STEP_FULL:
                 break
             if answer is Answer.NO_ROOM:
+                place.overtaken += sum(arrival > place.arrival for arrival in started)
                 passed.append(place)
-                most_overtaken = max(most_overtaken, place.overtaken)
             if answer is Answer.STARTED:
-                started.add(place.arrival)
-                most_overtaken += bool(passed)
-                _overtake(passed)
-        self._places = [place for place in self._places if place.arrival not in started]
+                started.append(place.arrival)
+                _overtake(passed, place.arrival)
+        gone = set(started)
+        self._places = [place for place in self._places if place.arrival not in gone]
+
+    def first(self) -> list[Item]:
+        """Those before whom nobody starts, if there are any; else everyone. Oldest first."""
+        return [place.item for place in self._places if self._aged(place)] or self.items()
+
+    def _aged(self, place: _Place[Item]) -> bool:
+        return place.overtaken >= self._age_limit
+
+    def _in_turn(self, turn: Callable[[Item], Any]) -> list[_Place[Item]]:
+        return sorted(self._places, key=lambda place: (False, place.arrival) if self._aged(place) else (True, turn(place.item)))
 
 
-def _overtake(passed: list[_Place[Item]]) -> None:
+def _overtake(passed: list[_Place[Item]], arrival: int) -> None:
     for place in passed:
-        place.overtaken += 1
+        place.overtaken += place.arrival < arrival

@@ -331,7 +331,7 @@ class PullReport(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., blocks_pulled: _Optional[int] = ..., blocks_matched: _Optional[int] = ..., bytes_pulled: _Optional[int] = ..., seconds: _Optional[float] = ..., exposed_s: _Optional[float] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("beat", "waiting_sequences", "running_sequences", "waiting_tokens", "blocks", "open_leases", "open_pulls", "steps", "step_seconds", "draining")
+    __slots__ = ("beat", "waiting_sequences", "running_sequences", "waiting_tokens", "blocks", "open_leases", "open_pulls", "steps", "step_seconds", "draining", "taken")
     BEAT_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -342,6 +342,7 @@ class Load(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
     beat: int
     waiting_sequences: int
     running_sequences: int
@@ -352,7 +353,8 @@ class Load(_message.Message):
     steps: int
     step_seconds: float
     draining: bool
-    def __init__(self, beat: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., open_leases: _Optional[int] = ..., open_pulls: _Optional[int] = ..., steps: _Optional[int] = ..., step_seconds: _Optional[float] = ..., draining: bool = ...) -> None: ...
+    taken: int
+    def __init__(self, beat: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., running_sequences: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., blocks: _Optional[_Union[BlockCounts, _Mapping]] = ..., open_leases: _Optional[int] = ..., open_pulls: _Optional[int] = ..., steps: _Optional[int] = ..., step_seconds: _Optional[float] = ..., draining: bool = ..., taken: _Optional[int] = ...) -> None: ...
 
 class BlockCounts(_message.Message):
     __slots__ = ("total", "free", "cached", "held", "quarantined")

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from baton.request import BlockCounts, Usage
-from baton.telemetry import GroupFigures, LineFormatter, PullFigures, RouterMetrics, configure_logging, fields
+from baton.telemetry import MAX_WORDS, GroupFigures, LineFormatter, PullFigures, RouterMetrics, configure_logging, fields
 
 
 @pytest.fixture
@@ -101,6 +101,43 @@ def test_group_metrics_are_the_latest_and_end_with_the_group():
     metrics.forget_group("decode-0", 1)
     metrics.forget_group("decode-0", 1)
     assert not any(name.startswith("baton_blocks") for name, _ in samples(metrics))
+
+
+def test_refusals_are_counted_and_logged_ever_more_rarely(log):
+    logger, stream = log
+    metrics = RouterMetrics()
+    book = metrics.refusals("http", logger)
+    for number in range(9):
+        book.add("too_large", f"body {number}\n" + "x" * 1000)
+    book.add("nonce")
+    assert samples(metrics)["baton_refused_total", (("door", "http"), ("reason", "too_large"))] == 9
+    assert samples(metrics)["baton_refused_total", (("door", "http"), ("reason", "nonce"))] == 1
+    lines = stream.getvalue().splitlines()
+    assert [f"count={count} " in line for count, line in zip((1, 2, 4, 8), lines, strict=False)] == [True] * 4 and len(lines) == 5
+    assert "body 7" in lines[3] and max(map(len, lines)) < 700
+
+
+def test_words_of_peers_do_not_become_labels_without_end():
+    metrics = RouterMetrics()
+    book = metrics.refusals("control", logging.Logger("test", logging.CRITICAL))
+    for number in range(3 * MAX_WORDS):
+        metrics.retry(f"word_{number}")
+        metrics.finished(f"word_{number}", 1.0, Usage())
+        metrics.node_dead(f"node-{number}")
+        book.add(f"word_{number}")
+    found = samples(metrics)
+    for name in ("baton_retries_total", "baton_requests_total", "baton_node_deaths_total", "baton_refused_total"):
+        values = [value for key, value in found.items() if key[0] == name]
+        assert len(values) == MAX_WORDS + 1 and max(values) == 2 * MAX_WORDS, name
+
+
+def test_nodes_that_die_and_come_back():
+    metrics = RouterMetrics()
+    metrics.node_dead("decode-1")
+    metrics.node_back("decode-1", 12.5)
+    found, label = samples(metrics), (("node", "decode-1"),)
+    assert found["baton_node_deaths_total", label] == 1
+    assert (found["baton_node_away_seconds_count", label], found["baton_node_away_seconds_sum", label]) == (1, 12.5)
 
 
 def test_two_routers_in_one_process_share_nothing():

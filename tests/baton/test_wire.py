@@ -1,5 +1,6 @@
 """Whatever can be said in our types comes back from a message as it was; what baton.v1 has no field for is refused."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -33,8 +34,10 @@ LOGPROB = st.builds(
     TokenLogprob, COUNT, st.floats(-100, 0, width=32), st.lists(st.tuples(COUNT, st.floats(-100, 0, width=32)), max_size=2).map(tuple)
 )
 LOGPROBS = st.lists(LOGPROB, max_size=2).map(tuple)
+SEED = st.integers(0, 2**64 - 1)
+LEAST, MOST = st.integers(0, 4), st.integers(5, 2**31 - 1)
 SAMPLING = st.builds(
-    Sampling, COUNT, COUNT, FLOAT, COUNT.map(lambda k: k // 2), FLOAT, FLOAT, st.integers(0, 2**64 - 1), IDS, st.none() | st.integers(0, 20)
+    Sampling, MOST, LEAST, FLOAT, COUNT.map(lambda k: k // 2), FLOAT, FLOAT, SEED, IDS, st.none() | st.integers(0, wire.MAX_NUM_LOGPROBS)
 )
 ASKED = st.builds(
     SamplingAsked,
@@ -79,7 +82,7 @@ def test_a_chunk_comes_back(chunk):
     assert wire.chunk_from_message(message) == chunk
 
 
-@given(st.builds(SequenceRequest, TEXT, COUNT, IDS.filter(bool), SAMPLING, IDS))
+@given(st.builds(SequenceRequest, TEXT.filter(bool), COUNT, IDS.filter(bool), SAMPLING, IDS))
 def test_a_sequence_comes_back(sequence):
     message = node_pb2.SequenceRequest.FromString(wire.sequence_to_message(sequence, 2.5).SerializeToString())
     assert message.time_left_s == 2.5
@@ -113,6 +116,61 @@ def test_what_cannot_be_carried_is_refused():
         wire.sequence_from_message(node_pb2.SequenceRequest(request_id="r"))
     with pytest.raises(InvalidRequest, match="newer protocol"):
         wire.finish_from_message(77)
+
+
+GOOD = {"request_id": "r", "prompt_ids": [1], "time_left_s": 2.0, "sampling": {"max_tokens": 5, "top_p": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("request_id", ""),
+        ("request_id", "r" * 1025),
+        ("prompt_ids", []),
+        ("prompt_ids", [5, 2**31]),
+        ("emitted_ids", [2**32 - 1]),
+        ("emitted_ids", [1] * 5),
+        ("time_left_s", math.nan),
+        ("time_left_s", math.inf),
+        ("time_left_s", -1.0),
+        ("max_tokens", 0),
+        ("max_tokens", 2**31),
+        ("min_tokens", 6),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", -0.5),
+        ("top_k", 2**31),
+        ("top_p", 1.5),
+        ("top_p", math.nan),
+        ("min_p", -math.inf),
+        ("num_logprobs", 65),
+        ("stop_token_ids", [7] * 4097),
+    ],
+)
+def test_a_sequence_that_cannot_be_is_refused_by_name(field, value):
+    sampling = {"sampling": GOOD["sampling"] | {field: value}}
+    fields = GOOD | ({field: value} if field in node_pb2.SequenceRequest.DESCRIPTOR.fields_by_name else sampling)
+    wire.sequence_from_message(node_pb2.SequenceRequest(**GOOD))
+    with pytest.raises(InvalidRequest) as caught:
+        wire.sequence_from_message(node_pb2.SequenceRequest(**fields))
+    assert field in caught.value.message or caught.value.cause == "empty_prompt"
+
+
+@pytest.mark.parametrize(("logprob", "top"), [(math.nan, 0.0), (math.inf, 0.0), (-1.0, math.nan)])
+def test_an_event_with_impossible_numbers_is_refused(logprob, top):
+    said = inference_pb2.TokenLogprob(token_id=3, logprob=logprob, top=[inference_pb2.TopLogprob(token_id=4, logprob=top)])
+    with pytest.raises(InvalidRequest, match="token 3"):
+        wire.token_event_from_message(node_pb2.TokenEvent(token_ids=[3], logprobs=[said]))
+    with pytest.raises(InvalidRequest, match=str(2**31)):
+        wire.token_event_from_message(node_pb2.TokenEvent(token_ids=[2**31]))
+
+
+def test_an_error_of_a_peer_is_cut_to_what_can_be_shown():
+    said = inference_pb2.ErrorDetail(message="m" * 10_000, node="n" * 999, cause="a b\n", retry_after_s=math.nan)
+    error = wire.error_from_message(said, NodeLost)
+    assert (len(error.message), len(error.node), error.cause, error.retry_after_s) == (4096, 256, "node_lost", None)
+    for later_s, kept in ((-1.0, None), (math.inf, None), (1e9, None), (0.0, 0.0), (3600.0, 3600.0)):
+        assert wire.error_from_message(inference_pb2.ErrorDetail(retry_after_s=later_s), NodeLost).retry_after_s == kept
 
 
 def test_addresses_as_urls_write_them():

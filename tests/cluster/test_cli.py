@@ -13,7 +13,7 @@ from baton.errors import ConfigError
 from cluster.cli import config_from, main, parser
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("serve", "up", "status", "down", "generate", "flush-cache", "chat", "fingerprint", "config")
+COMMANDS = ("serve", "up", "status", "down", "drain", "restore", "generate", "flush-cache", "chat", "fingerprint", "config")
 
 
 @pytest.mark.parametrize("arguments", [[], *[[command] for command in COMMANDS]])
@@ -85,9 +85,9 @@ def test_config_prints_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert "kv_memory: 512MiB" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "flush-cache"])
+@pytest.mark.parametrize("command", ["generate", "chat", "flush-cache", "drain", "restore"])
 def test_nobody_at_the_address_ends_with_code_1(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    prompt = ["hello"] if command == "generate" else []
+    prompt = ["hello"] if command in ("generate", "drain", "restore") else []
     assert main([command, "--address", "127.0.0.1:1", *prompt]) == 1
     assert capsys.readouterr().err.startswith("baton: no cluster answers at 127.0.0.1:1")
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import BatonError, ConfigError, InternalError, NodeLost, ResourceExhausted
-from cluster.messages import EVENT, Facts, Failed, Progress, RankInfo, Reply
+from cluster.messages import EVENT, Back, Facts, Failed, Lost, News, Progress, RankInfo, Rebuilding, Reply, Retired, Waiting
 
 errors = st.builds(
     lambda kind, message, stage, node, retryable: kind(message, stage=stage, node=node, retryable=retryable),
@@ -42,6 +42,23 @@ def test_events_are_told_apart() -> None:
     assert EVENT.validate_json(progress.model_dump_json()) == progress
     reply = Reply(number=4, answer=[{"node": "prefill-0"}])
     assert EVENT.validate_json(reply.model_dump_json()) == reply
+
+
+@pytest.mark.parametrize(
+    ("news", "said"),
+    [
+        (Lost(name="decode-0/1", pid=7, reason="its process died"), "lost: decode-0/1 (pid 7) ended: its process died"),
+        (Lost(name="decode-0/1", pid=7, reason="silent for 6 s", ended=False), "lost: decode-0/1 (pid 7) hangs: silent for 6 s"),
+        (Rebuilding(node="decode-0", why="decode-0/1 died"), "rebuilding decode-0 (decode-0/1 died) ..."),
+        (Waiting(node="decode-0", why="x", seconds=4.0), "waiting: decode-0 cannot be built now, the next try is in 4 s: x"),
+        (Waiting(node="decode-0", why="no host"), "waiting: decode-0 cannot be built now, goes on once it can: no host"),
+        (Back(node="router", seconds=9.312), "back: router after 9.3 s"),
+        (Retired(node="decode-0", num_processes=2), "retired: decode-0, 2 processes ended"),
+    ],
+)
+def test_news_cross_the_pipe_and_are_said_in_one_line(news: News, said: str) -> None:
+    assert EVENT.validate_json(news.model_dump_json()) == news
+    assert news.said() == said
 
 
 @pytest.mark.parametrize("line", ["{}", '{"event": "ready"}', "no json"])

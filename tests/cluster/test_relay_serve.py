@@ -22,11 +22,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from baton.client import connect
+from baton.errors import BatonError, Unavailable
 from tests.cluster.footprint import Footprint
 
 pytestmark = [pytest.mark.relay, pytest.mark.timeout(240)]
 
 SETTINGS = ("--kv-memory", "8MiB", "--max-model-len", "256")
+GREEDY = {"max_tokens": 4, "temperature": 0.0}
 WAIT_S = 120.0
 
 
@@ -148,33 +150,64 @@ def test_killing_it_leaves_nothing(serving: Serving) -> None:
     serving.footprint.assert_gone(40)
 
 
-def test_a_dead_rank_is_reported_and_ends_what_cannot_serve(serving: Serving) -> None:
+def test_a_dead_rank_comes_back_and_sigterm_lets_running_requests_finish(serving: Serving) -> None:
+    """The rank is the only one that decodes: what is asked meanwhile waits for the next. After SIGTERM nothing more is taken."""
     _, grpc = addresses(serving.until("ready: "))
-    with connect(grpc) as client:
+    with connect(grpc) as client, connect(grpc) as late:
+        (expected,) = client.complete("x", **GREEDY)
         (decode,) = [group for group in client.status().groups if group.role == "decode"]
-    psutil.Process(decode.ranks[0].pid).kill()
-    assert serving.end() == 1
-    assert any(line.startswith(f"lost: decode-0/0 (pid {decode.ranks[0].pid})") for line in serving.err)
-    assert "no decode node is left" in serving.err[-1]
+        psutil.Process(decode.ranks[0].pid).kill()
+        assert serving.until("lost: decode-0/0").startswith(f"lost: decode-0/0 (pid {decode.ranks[0].pid}) ended: ")
+        assert "decode-0/0: its process died" in serving.until("rebuilding decode-0 (")
+        assert client.complete("x", **GREEDY)[0].token_ids == expected.token_ids
+        serving.until("back: decode-0 after ")
+        stream = client.generate("x", max_tokens=200, temperature=0.0, ignore_eos=True)
+        num_tokens = len(next(stream).token_ids)
+        serving.process.send_signal(signal.SIGTERM)
+        serving.until("finishing what runs")
+        with pytest.raises(Unavailable, match="shutting down"):
+            late.complete("y", **GREEDY)
+        assert num_tokens + sum(len(chunk.token_ids) for chunk in stream) == 200
+    assert serving.end() == 0
     serving.footprint.assert_gone()
 
 
-def test_a_node_without_all_its_ranks_gets_no_more_work(tiny_model: Path, tmp: Path) -> None:
+def test_without_rebuild_a_lost_node_stays_out_and_the_last_one_ends_it_all(tiny_model: Path, tmp: Path, tmp_path: Path) -> None:
     """A follower that dies while nothing runs: its leader still answers, and yet the router no longer counts on the node."""
-    serving = Serving(tiny_model, tmp, "--prefill-nodes", "2", "--prefill-tp", "2")
+    (tmp_path / "c.yaml").write_text("membership: {rebuild: false}\nprefill: {nodes: 2, tp: 2}\n")
+    serving = Serving(tiny_model, tmp, "--config", str(tmp_path / "c.yaml"))
     try:
         _, grpc = addresses(serving.until("ready: "))
         with connect(grpc) as client:
-            (ranks,) = [group.ranks for group in client.status().groups if group.node == "prefill-0"]
-            (follower,) = [rank.pid for rank in ranks if rank.rank == 1]
-            psutil.Process(follower).kill()
+            groups = client.status().groups
+            (ranks,) = [group.ranks for group in groups if group.node == "prefill-0"]
+            psutil.Process(ranks[1].pid).kill()
             serving.until("lost: prefill-0/1")
             while {group.node for group in client.status().groups} != {"prefill-1", "decode-0"}:
                 time.sleep(0.1)
             *_, last = client.generate("after it", max_tokens=4, temperature=0.0)
             assert last.usage is not None
+            (decode,) = [group for group in groups if group.role == "decode"]
+            psutil.Process(decode.ranks[0].pid).kill()
     finally:
-        assert serving.end(signal.SIGINT) == 0
+        assert serving.end() == 1
+    assert "no decode node is left" in serving.err[-1]
+    serving.footprint.assert_gone()
+
+
+def test_a_second_signal_waits_for_nobody(tiny_model: Path, tmp: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("router: {drain_s: 600}\n")
+    serving = Serving(tiny_model, tmp, "--config", str(tmp_path / "c.yaml"))
+    _, grpc = addresses(serving.until("ready: "))
+    with connect(grpc) as client:
+        streams = [client.generate("x", max_tokens=240, temperature=0.0, ignore_eos=True, n=64) for _ in range(4)]
+        assert all(next(stream).token_ids for stream in streams)
+        serving.process.send_signal(signal.SIGTERM)
+        serving.until("finishing what runs")
+        assert serving.end(signal.SIGTERM) == 0
+        with pytest.raises(BatonError):
+            for stream in streams:
+                list(stream)
     serving.footprint.assert_gone()
 
 

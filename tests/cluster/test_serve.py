@@ -12,7 +12,7 @@ from rich.console import Console
 
 from baton.config import BatonConfig
 from cluster.messages import ClusterInfo, RankInfo
-from cluster.serve import first_signal_interrupts, missing_part, ready_line, warn_unapplied
+from cluster.serve import Terminated, first_signal_interrupts, missing_part, ready_line, warn_unapplied
 
 
 def info(prefill_nodes: int, decode_nodes: int) -> ClusterInfo:
@@ -61,3 +61,20 @@ def test_only_the_first_signal_interrupts(signum: signal.Signals) -> None:
         finally:
             os.kill(os.getpid(), signal.SIGINT)  # while things are being cleaned up
     assert signal.getsignal(signum) is before
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_sigterm_to_what_serves_is_gentle_and_the_next_signal_is_not(second: signal.Signals) -> None:
+    with first_signal_interrupts(gently=lambda: True):
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt) as interrupted:
+            os.kill(os.getpid(), second)
+        assert not isinstance(interrupted.value, Terminated)
+        os.kill(os.getpid(), signal.SIGINT)  # while things are being cleaned up
+
+
+def test_ctrl_c_is_never_gentle() -> None:
+    with pytest.raises(KeyboardInterrupt) as interrupted, first_signal_interrupts(gently=lambda: True):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert not isinstance(interrupted.value, Terminated)

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from baton.deadline import Deadline
+from baton.engine.batch import Batch
+from baton.engine.runner import StepOutcome
 from baton.errors import BatonError, Cancelled, InvalidRequest
 from baton.rpc import bind, make_server
-from decode_node.intake import to_the_end
 from kv_transfer.transport import Export
+from ranks.drive import Drive
 from ranks.facts import RankCounts, ReadOrder
 from ranks.service import Peer, add_rank_service
-from tests.relay.inprocess import InProcess, Stream, ask, eventually
+from tests.relay.inprocess import PATIENCE_S, InProcess, Stream, ask, eventually
 from tests.tiny_models import make_tiny
 
 TCP = {"transfer": {"transport": "tcp"}}
@@ -51,6 +53,7 @@ class Follower:
         self.reading = 0
         self.orders: list[ReadOrder] = []
         self.ready = asyncio.Event()
+        self.drive = Drive(self._step, self._wake_others, None)
         self._error = error
         self._server: grpc.aio.Server | None = None
 
@@ -64,6 +67,12 @@ class Follower:
     async def stop(self) -> None:
         assert self._server is not None
         await self._server.stop(None)
+
+    async def _step(self, batch: Batch | None) -> StepOutcome:
+        raise AssertionError("nothing to step")
+
+    async def _wake_others(self, epoch: int) -> None:
+        raise AssertionError("nobody to wake")
 
     def wake(self, epoch: int) -> None:
         """Nothing to step."""
@@ -154,19 +163,38 @@ async def test_blocks_freed_by_the_end_of_a_step_let_the_next_one_in(prefill: In
     await eventually(lambda: relay.decode.finished("second"), "room for the second")
 
 
-@pytest.mark.parametrize("seen", [Cancelled("the follower is going", stage="pull"), None], ids=["error", "dead"])
-async def test_a_read_that_was_cut_off_elsewhere_is_told_to_the_router(prefill: InProcess, model: Path, seen: BatonError | None) -> None:
-    follower = Follower(seen)
+async def test_a_read_that_was_cut_off_elsewhere_is_told_to_the_router(prefill: InProcess, model: Path) -> None:
+    follower = Follower(Cancelled("the follower is going", stage="pull"))
     decode = await InProcess(model, "decode", 12, max_model_len=192, **TCP).start(await follower.start())
     relay = await Relay.connect(prefill, decode)
     await relay.send("a", 50)
     await eventually(lambda: follower.reading == 1, "a read")
-    follower.ready.set() if seen else await follower.stop()
+    follower.ready.set()
     await eventually(lambda: ("a", 1) in relay.decode.errors, "the router's word")
     assert relay.decode.errors["a", 1].error.retryable
     await eventually(lambda: decode.idle, "an idle node")
     await relay.prefill.cancel("a")
     await follower.stop()
+    await decode.stop()
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+async def test_a_rank_that_does_not_say_how_its_read_ended_ends_the_node(prefill: InProcess, model: Path, given_up: bool) -> None:
+    """It may be dead, or only out of reach and still writing: its blocks are given to nobody, whatever happens to the sequence."""
+    follower = Follower()
+    decode = await InProcess(model, "decode", 12, max_model_len=192, **TCP).start(await follower.start())
+    relay = await Relay.connect(prefill, decode)
+    await relay.send("a", 50)
+    await eventually(lambda: follower.reading == 1, "a read")
+    if given_up:
+        await relay.decode.cancel("a")
+        await eventually(lambda: decode.life.counts().quarantined == 4, "quarantine")
+    await follower.stop()
+    await asyncio.wait_for(decode.life.failed.wait(), PATIENCE_S)
+    assert decode.life.counts().quarantined == 4
+    assert given_up or relay.decode.errors["a", 1].error.retryable
+    await eventually(lambda: relay.decode.ended, "the end of the stream")
+    await relay.prefill.cancel("a")
     await decode.stop()
 
 
@@ -205,19 +233,6 @@ async def test_a_long_prompt_is_read_piece_by_piece(prefill: InProcess, model: P
     await eventually(lambda: decode.idle, "an idle node")
     await follower.stop()
     await decode.stop()
-
-
-async def test_however_often_it_is_cancelled_a_read_is_waited_for() -> None:
-    ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    reading = asyncio.create_task(to_the_end(ended))
-    for _ in range(3):
-        await asyncio.sleep(0)
-        reading.cancel()
-        await asyncio.sleep(0)
-    assert not reading.done()
-    ended.set_result(1)
-    with pytest.raises(asyncio.CancelledError):
-        await reading
 
 
 async def test_a_later_attempt_takes_the_place_of_the_earlier(prefill: InProcess, decode: InProcess) -> None:

@@ -67,6 +67,9 @@ def test_strides_within_the_parts_depend_on_the_part_and_those_outside_do_not(la
         ({"block_size": 0}, "size"),
         ({"part_dims": ()}, "1 to 8 parts, this one 0"),
         ({"part_dims": (1,) * 1_000_000}, "1 to 8 parts, this one 1000000"),
+        ({"axes": ("block",) * 1_000_000}, "axes or a dtype that nobody knows$"),
+        ({"axes": ("b" * 1_000_000,)}, "axes or a dtype that nobody knows$"),
+        ({"dtype": "f" * 1_000_000}, "axes or a dtype that nobody knows$"),
         ({"part_dims": (4, 0)}, "size"),
         ({"num_blocks": 2**32 - 1, "block_size": 2**32 - 1}, "bytes in one buffer"),
         ({"layers": range(2, 4)}, "layers"),
@@ -119,3 +122,5 @@ def test_a_head_that_nobody_holds_is_missed(layout: Make) -> None:
     with pytest.raises(Incompatible, match="sources none"):
         check_compatible([], layout())
     check_compatible([layout(heads=range(2)), layout(heads=range(2, 4), num_blocks=99)], layout())
+    with pytest.raises(Incompatible, match="1025 source ranks; 1024 are the most"):
+        check_compatible([layout()] * 1025, layout())

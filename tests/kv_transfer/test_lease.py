@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from baton.errors import BatonError, Cancelled, InternalError, InvalidRequest, LeaseLost, ResourceExhausted
 from baton.request import FinishReason, TokenEvent, TokenLogprob
-from kv_transfer.lease import TRANSITIONS, Announced, FinalToken, Lease, LeaseEvent, LeaseState, LeaseTable
+from kv_transfer.lease import LEASE_LIFE, Announced, FinalToken, Lease, LeaseEvent, LeaseState, LeaseTable
 
 FINAL = FinalToken(0, 42)
 
@@ -30,9 +30,10 @@ def settled(leases: LeaseTable) -> list[tuple[int, LeaseState]]:
 @pytest.mark.parametrize("event", LeaseEvent)
 def test_only_drawn_transitions_happen(state: LeaseState, event: LeaseEvent) -> None:
     lease = Lease(1, state, math.inf)
-    if (state, event) in TRANSITIONS:
+    assert LEASE_LIFE.ends(state) is state.ended
+    if LEASE_LIFE.allows(state, event):
         lease.apply(event)
-        assert lease.state is TRANSITIONS[state, event] and not state.ended
+        assert lease.state is LEASE_LIFE.table[state, event] and not state.ended
         assert (event is LeaseEvent.REWIND) <= (lease.state is LeaseState.OPEN)
     else:
         with pytest.raises(InternalError, match=event.value):
@@ -128,9 +129,53 @@ def test_only_a_lease_nobody_counts_on_is_revocable() -> None:
     for number in (3, 5):
         leases.pull(number, 1, 0.0)
     leases.close(5, 1, 0.0)
-    assert [leases.rewind(number) for number in (1, 2, 3, 4, 5)] == [True, False, False, False, False]
+    leases.accept(5)
+    leases.open(5, 0.0)
+    assert [leases.rewind(number) for number in (1, 2, 3, 4, 5)] == [True, False, False, False, True]
     leases.fail(1, Cancelled("x"), 1.0)
     assert not leases.rewind(1)
+
+
+def test_a_lease_whose_reader_has_left_is_revocable_until_another_is_accepted() -> None:
+    leases = table()
+    leases.open(1, 0.0)
+    leases.accept(1)
+    for attempt in (1, 2):
+        leases.pull(1, attempt, 0.0)
+    leases.close(1, 2, 0.0)
+    assert not leases.rewind(1), "the fenced one may still be reading"
+    leases.close(1, 1, 0.0)
+    assert leases.rewind(1)
+    leases.accept(1)
+    assert not leases.rewind(1)
+
+
+def test_a_pull_that_cannot_be_leaves_nothing_behind() -> None:
+    leases = table(max_links=2)
+    with pytest.raises(InvalidRequest, match="from 1"):
+        leases.pull(1, 0, 0.0)
+    assert len(leases) == 0
+    for attempt in (1, 2):
+        leases.pull(1, attempt, 0.0)
+    with pytest.raises(ResourceExhausted, match="2 Pulls"):
+        leases.pull(2, 1, 0.0)
+    assert len(leases) == 1
+    leases.close(1, 1, 0.0)
+    leases.close(1, 1, 0.0)
+    leases.pull(2, 1, 0.0)
+    assert leases.num_links == 2
+
+
+def test_a_puller_cannot_have_more_blocks_than_there_are() -> None:
+    leases = table()
+    leases.open(1, 0.0)
+    lease = leases.pull(1, 1, 0.0)
+    leases.announce(1, 0, [(7, 1)], 0.0)
+    assert lease.announced_from(5) == Announced(5, (), ()), "more may come"
+    leases.announce(1, 1, [(8, 1)], 0.0, FINAL)
+    assert lease.announced_from(2) == Announced(2, (), (), FINAL)
+    with pytest.raises(InvalidRequest, match="3 blocks of a prompt of 2"):
+        lease.announced_from(3)
 
 
 def test_a_rewound_lease_starts_anew_under_its_number() -> None:
@@ -202,13 +247,13 @@ class Leases(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 0.0
-        self.table = LeaseTable(lease_s=20.0, handshake_s=5.0, tombstone_s=1e9, max_leases=6)
+        self.table = LeaseTable(lease_s=20.0, handshake_s=5.0, tombstone_s=1e9, max_leases=6, max_links=5)
         self.opened: set[int] = set()
         self.ended: dict[int, LeaseState] = {}
         self.links: set[tuple[int, int]] = set()
 
     numbers = st.integers(1, 8)
-    attempts = st.integers(1, 4)
+    attempts = st.integers(0, 4)
 
     @rule(number=numbers)
     def open(self, number: int) -> None:
@@ -264,6 +309,7 @@ class Leases(RuleBasedStateMachine):
     @invariant()
     def every_opened_lease_is_held_or_has_ended_once(self) -> None:
         self.take_settled()
+        assert self.table.num_links == len(self.links) == sum(len(self.lease(number).links) for number in self.table.numbers())
         held = {number for number in self.table.numbers() if self.lease(number).opened}
         assert held | set(self.ended) == self.opened and not held & set(self.ended)
         assert len(self.table) <= 6

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,9 +17,11 @@ from baton.deadline import Deadline
 from baton.errors import DeadlineExceeded, LeaseLost, NodeLost, Unavailable
 from kv_transfer.choose import Transport
 from kv_transfer.layout import KVLayout
+from kv_transfer.pool import map_readonly
 from kv_transfer.reader import Reader
 from kv_transfer.thread import TransferThread
-from kv_transfer.transport import Export
+from kv_transfer.transport import Export, Ticket
+from tests.kv_transfer.source_process import FIRST
 
 SOON = 20.0
 A = b"a" * 16
@@ -43,8 +46,8 @@ class SourceProcess:
         ]
         self.data = [np.random.default_rng(rank).bytes(layout.nbytes) for rank, layout in enumerate(layouts)]
 
-    def stamp(self, rank: int, block: int, generation: int) -> None:
-        self.stdin.write(f"stamp {rank} {block} {generation}\n")
+    def say(self, command: str, rank: int, block: int, number: int) -> None:
+        self.stdin.write(f"{command} {rank} {block} {number}\n")
         self.stdin.flush()
         assert self.stdout.readline() == "ok\n"
 
@@ -127,7 +130,7 @@ def test_two_ranks_to_two_ranks(
 def test_one_stale_rank_of_two_refuses_the_read(sources: SourceProcess, target: Callable[..., TargetRank], transport: Transport) -> None:
     rank = target(transport)
     assert rank.read([5], [0])
-    sources.stamp(1, 5, 7)
+    sources.say("stamp", 1, 5, 7)
     with pytest.raises(LeaseLost, match="other content"):
         rank.read([5], [0])
     assert rank.read([6], [0])
@@ -158,6 +161,75 @@ def test_a_source_killed_during_a_read_fails_it(sources: SourceProcess, target: 
         ticket.wait(Deadline.after(SOON))
 
 
+@pytest.fixture
+def large(no_leaks: None, layout: Make) -> Iterator[tuple[SourceProcess, Callable[[Callable[[], None]], Ticket]]]:
+    """A source with 24 blocks of 1.5 MiB, and a read of half of them over shared memory, between two slices of which something happens."""
+    sizes = layout(num_blocks=24, part_dims=(256, 256), block_size=64)
+    source = SourceProcess([sizes])
+    rank = TargetRank(sizes, "shm")
+    assert rank.reader.connect(A, source.exports, Deadline.after(SOON)).transport == "shm"
+
+    def read(meanwhile: Callable[[], None]) -> Ticket:
+        def between() -> Iterator[None]:
+            meanwhile()
+            yield
+
+        def start() -> Ticket:
+            ticket = rank.reader.read(A, range(0, 24, 2), range(100, 124, 2), range(0, 24, 2), Deadline.after(SOON))
+            rank.thread.post(lambda: rank.thread.work(between()))  # behind the first slice
+            return ticket
+
+        return rank.thread.run(start, Deadline.after(SOON))
+
+    yield source, read
+    rank.thread.close()
+    source.close()
+
+
+def test_a_source_killed_between_two_slices_of_a_shared_read_fails_it(
+    large: tuple[SourceProcess, Callable[[Callable[[], None]], Ticket]],
+) -> None:
+    """Its memory still reads fine, and holds what was announced: that it is dead is told by the life line alone."""
+    source, read = large
+    with pytest.raises(NodeLost):
+        read(lambda: source.signal(signal.SIGKILL)).wait(Deadline.after(SOON))
+
+
+def test_a_block_reused_between_two_slices_of_a_shared_read_fails_it(
+    large: tuple[SourceProcess, Callable[[Callable[[], None]], Ticket]],
+) -> None:
+    """Whether it was copied before or after: nobody knows."""
+    source, read = large
+    for block in (22, 0):
+        with pytest.raises(LeaseLost, match=f"block {block} holds other content"):
+            read(lambda block=block: source.say("reuse", 0, block, 7)).wait(Deadline.after(SOON))
+        source.say("stamp", 0, block, 100 + block)
+
+
+def test_a_block_that_is_reused_all_the_time_is_read_right_or_not_at_all(sources: SourceProcess, target: Callable[..., TargetRank]) -> None:
+    """Torn reads are refused: what is accepted is the content of the generation that was asked for, and all of it."""
+    rank = target("shm", range(2))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
+        line.connect("\0" + sources.exports[0].shm_socket[1:])
+        line.send(sources.exports[0].nonce)
+        view = map_readonly(socket.recv_fds(line, 1, 1)[1][0])
+        sources.say("scribble", 0, 5, 2000)
+        complete = accepted = refused = 0
+        while complete < FIRST + 1999:
+            complete = int(view.generations[6])
+            ticket = rank.reader.read(A, [5], [complete], [3], Deadline.after(SOON))
+            try:
+                ticket.wait(Deadline.after(SOON))
+            except LeaseLost:
+                refused += 1
+                continue
+            at = 3 * rank.layout.block_bytes
+            assert set(rank.buffer[at : at + rank.layout.block_bytes]) == {complete % 251}
+            accepted += 1
+        del view
+    assert accepted
+
+
 def test_a_stopped_source_is_seen_by_deadlines_only(sources: SourceProcess, target: Callable[..., TargetRank]) -> None:
     """tcp waits, so the deadline ends the read; shared memory is still right, so the read succeeds: heartbeats judge the process."""
     over_tcp, over_shm = target("tcp"), target("shm")
@@ -165,6 +237,8 @@ def test_a_stopped_source_is_seen_by_deadlines_only(sources: SourceProcess, targ
     with pytest.raises(DeadlineExceeded):
         over_tcp.read([5], [0], seconds=0.1)
     assert over_shm.read([5], [0])
+    piece = sources.layouts[1].offset(5, 0, 0, 3)
+    assert over_shm.piece(0, 0, 0, 3) == sources.data[1][piece : piece + over_shm.layout.piece_bytes(0)]
     sources.signal(signal.SIGCONT)
     assert over_tcp.read([5], [0])
 

@@ -393,6 +393,22 @@ async def test_a_line_that_is_taken_while_others_are_closed_stays_open() -> None
     assert all(line.channel.closed for line in (*used, again))  # type: ignore[attr-defined]
 
 
+async def test_a_line_on_which_a_peer_was_lost_is_taken_by_nobody_and_closed_with_its_last_pull() -> None:
+    lines = Lines(lambda _: SlowToClose(), 9)  # type: ignore[arg-type,return-value]
+    lost = lines.take("a")
+    assert lines.take("a") is lost
+    await lines.give_back(lost, lost=True)
+    assert not lost.channel.closed and len(lines) == 0  # type: ignore[attr-defined]
+    fresh = lines.take("a")
+    assert fresh is not lost
+    await lines.give_back(lost)
+    assert lost.channel.closed and not fresh.channel.closed  # type: ignore[attr-defined]
+    await lines.give_back(fresh)
+    assert len(lines) == 1 and not fresh.channel.closed  # type: ignore[attr-defined]
+    await lines.close()
+    assert fresh.channel.closed  # type: ignore[attr-defined]
+
+
 async def test_nothing_announced_in_time(source: Source, client: PullClient) -> None:
     source.service.open(1, soon())
     async with pull(client, source, deadline=Deadline.after(0.3)) as stream:

@@ -224,9 +224,12 @@ def test_a_read_that_comes_after_the_end_of_its_destination_ends_too(pair: Calla
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_blocks_outside_of_a_pool_are_refused(pair: Callable[..., Pair], layout: Make, transport: Transport) -> None:
     made = pair(transport, [layout(num_blocks=4)], layout(num_blocks=8))
-    for source, target in ((4, 0), (0, 8)):
-        with pytest.raises(InvalidRequest, match="byte"):
-            made.read([source], [target])
+    for announced in (4, 2**32 - 1, -1):
+        with pytest.raises(Incompatible, match="has 4 blocks") as caught:
+            made.read([announced], [0], [7])
+        assert caught.value.retryable, "its source is at fault, not the request"
+    with pytest.raises(InvalidRequest, match="byte"):
+        made.read([0], [8])
     with pytest.raises(InvalidRequest, match="blocks"):
         made.read([0] * (MAX_BLOCKS + 1), [0] * (MAX_BLOCKS + 1), [100] * (MAX_BLOCKS + 1))
     assert made.read([], []) == 0

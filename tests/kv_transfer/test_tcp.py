@@ -4,6 +4,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from baton.deadline import Deadline
-from baton.errors import BatonError, Cancelled, DeadlineExceeded, Incompatible, InvalidRequest, LeaseLost, NodeLost
+from baton.errors import BatonError, Cancelled, DeadlineExceeded, Incompatible, InvalidRequest, LeaseLost, NodeLost, Unavailable
 from kv_transfer import tcp_frame
 from kv_transfer.layout import KVLayout
 from kv_transfer.pool import Pool
@@ -116,7 +117,7 @@ def test_a_change_while_the_bytes_are_sent_shows_in_the_trailer(source: TcpSourc
 def test_a_frame_that_makes_no_sense_ends_the_connection(source: TcpSource, raw: socket.socket, frame: bytes) -> None:
     raw.sendall(frame)
     assert raw.recv(1) == b""
-    assert source.counts.refused_frames == 1
+    assert sum(source.refusals.counts.values()) == 1
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -158,9 +159,40 @@ def test_a_reader_that_takes_nothing_is_given_up(source: TcpSource, raw: socket.
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     raw.sendall(request(source, [(0, 64 * 65536)]))
     received_nothing = threading.Event()
-    while not source.counts.stalled:
+    while not source.refusals.counts["stalled"]:
         received_nothing.wait(0.01)
     assert source.counts.bytes_sent < 64 * 65536
+
+
+@pytest.mark.parametrize("limits", [{"stall_s": 5.0, "answer_s": 0.2}])
+def test_a_reader_that_takes_a_little_now_and_then_is_given_up_as_well(source: TcpSource, raw: socket.socket) -> None:
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.sendall(request(source, [(0, 64 * 65536)]))
+    pause = threading.Event()
+    while not source.refusals.counts:
+        assert raw.recv(10)
+        pause.wait(0.01)
+    assert source.refusals.counts == {"slow": 1} and source.counts.bytes_sent < 64 * 65536
+
+
+def test_a_source_is_looked_for_only_where_a_number_says(thread: TransferThread, layout: Callable[..., KVLayout]) -> None:
+    for address in ("", ":5", "localhost:5", "1.2.3.4", "1.2.3.4:0", "1.2.3.4:65536", "1.2.3.4:\u0664", "a" * 100 + ":5", "\0:1"):
+        export = Export(0, layout(), "", "", address, b"n" * 16, layout().nbytes)
+        with pytest.raises(Unavailable, match="no tcp address"):
+            TcpDestination.connect(thread, export, memoryview(b""))
+
+
+def test_an_export_that_cannot_be_is_refused(layout: Callable[..., KVLayout]) -> None:
+    good = Export(0, layout(), "", "", "", b"n" * 16, layout().nbytes)
+    for change in ({"nonce": b"n"}, {"tcp_address": "a" * 257}, {"host_id": "a" * 257}, {"pool_bytes": 2**63}, {"pool_bytes": -1}):
+        with pytest.raises(Incompatible):
+            replace(good, **change)
+
+
+@pytest.mark.parametrize(("source", "target", "nbytes"), [(2**63 - 10, 0, 100), (0, 2**63 - 10, 100), (0, 0, 2**63 - 1), (91, 0, 10)])
+def test_spans_whose_end_is_no_int64_are_outside_like_any_other(source: int, target: int, nbytes: int) -> None:
+    with pytest.raises(InvalidRequest, match=f"ends at byte {max(source, target) + nbytes}"):
+        Spans.of([Span(source, target, nbytes)]).check_within(100, 100)
 
 
 class FakeSource:

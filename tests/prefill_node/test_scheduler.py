@@ -9,9 +9,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from baton.engine.batch import Sampled
 from baton.engine.blocks import BlockPool, blocks_for
-from baton.errors import InvalidRequest, ResourceExhausted
+from baton.errors import InvalidRequest, ResourceExhausted, Unavailable
 from baton.request import FinishReason, Sampling, SequenceRequest
-from prefill_node.scheduler import PrefillScheduler
+from prefill_node.scheduler import PROMPT_LIFE, PrefillScheduler, PromptEvent, Stage
 
 SIZE = 4
 STOP = 9
@@ -212,17 +212,34 @@ def test_nothing_is_revoked_in_vain():
     assert node.scheduler.make_room() == (2,)
 
 
-def test_a_pull_keeps_its_lease():
+def test_a_pull_keeps_its_lease_for_as_long_as_it_is_open():
+    """A decode group that accepted and died must not hold up, with a lease that nobody reads, those that others wait for."""
     node = Node(num_blocks=4)
     node.scheduler.add(ask("a", [1] * 16), lease=1)
-    node.run()
+    first, _, _ = node.run()
     node.scheduler.opened(1)
-    node.scheduler.closed(1)
     node.scheduler.add(ask("b", [2] * 4), lease=0)
-    assert node.scheduler.make_room() == (), "accepted once, it is not revocable"
-    assert not node.run()[0]
-    assert node.scheduler.cancel("a", 1) == (1,)
-    assert len(node.run()[0]) == 1
+    assert node.scheduler.make_room() == () and not node.run()[0]
+    assert not node.scheduler.closed(1)
+    revoked, outcome = node.step()
+    assert revoked == (1,) and [event.request_id for event in outcome.events] == ["b"]
+    node.scheduler.accept(1)
+    assert node.run()[0] == first, "another group has room for it"
+
+
+def test_what_was_drawn_is_drawn_once():
+    """The router may have delivered it: a second computation, in another batch, could come to another token where two are nearly tied."""
+    node = Node(num_blocks=4, max_step_tokens=16)
+    node.scheduler.add(ask("a", [1] * 16), lease=1)
+    first, _, _ = node.run()
+    node.scheduler.add(ask("b", [2] * 4), lease=0)
+    assert node.step()[0] == (1,)
+    node.scheduler.accept(1)
+    node.plan()
+    drawn = node.drawn()
+    other = Sampled((drawn.token_ids + 1) % 10, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
+    (event,) = node.scheduler.apply(other).events
+    assert event == first[0]
 
 
 def test_one_that_does_not_fit_is_passed_but_not_for_ever():
@@ -296,10 +313,9 @@ def test_cancel_takes_this_attempt_and_all_before_it():
         node.scheduler.add(ask("a", [attempt] * 8, attempt=attempt), lease=attempt)
         node.scheduler.accept(attempt)
     node.run(1)
-    assert node.scheduler.cancel("a", 2) == (1, 2)
-    assert node.scheduler.cancel("a", 2) == ()
-    assert node.scheduler.cancel("b", 7) == ()
-    assert len(node.run()[0]) == 1
+    for name, attempt in (("a", 2), ("a", 2), ("b", 7)):
+        node.scheduler.cancel(name, attempt)
+    assert [event.attempt for event in node.run()[0]] == [3]
     assert node.scheduler.load().leases == 1
 
 
@@ -308,13 +324,15 @@ def test_blocks_of_a_cancelled_prompt_outlive_its_step_and_its_pull():
     node.scheduler.add(ask("a", range(8)), lease=1)
     node.scheduler.opened(1)
     node.plan()
-    assert node.scheduler.cancel("a", 1) == (1,)
+    node.scheduler.cancel("a", 1)
     assert node.pool.counts().held == 2, "the step is still writing"
+    with pytest.raises(Unavailable, match="is here") as late:
+        node.scheduler.add(ask("a", range(8)), lease=2)
+    assert late.value.retryable, "it is over, and whoever asks again may well be another router"
     outcome = node.scheduler.apply(node.drawn())
     assert (outcome.events, outcome.announcements, outcome.ended) == ((), (), ())
     assert node.pool.counts().held == 2, "the pull may still be reading"
-    assert not node.scheduler.expire(1)
-    node.scheduler.closed(1)
+    assert node.scheduler.closed(1)
     assert node.pool.counts().cached == 2
     assert node.scheduler.idle()
 
@@ -333,7 +351,7 @@ def test_a_waiting_prompt_is_gone_at_once():
     node = Node()
     node.scheduler.add(ask("a", range(8)), lease=1)
     node.scheduler.opened(1)
-    assert node.scheduler.expire(1)
+    node.scheduler.release(1)
     assert node.scheduler.idle()
 
 
@@ -341,7 +359,7 @@ def test_messages_about_strangers_are_ignored():
     node = Node()
     for late in (node.scheduler.accept, node.scheduler.opened, node.scheduler.closed, node.scheduler.release):
         late(77)
-    assert node.scheduler.expire(77)
+    node.scheduler.cancel("stranger", 77)
     node.scheduler.add(ask("a", range(8)), lease=1)
     node.scheduler.closed(1)
     assert len(node.run()[0]) == 1
@@ -360,13 +378,55 @@ def test_refusals_name_the_numbers():
         add(ask("a", [1], emitted=[2, 3], max_tokens=2), 1)
     add(ask("a", [1]), 1)
     for request, lease in ((ask("a", [1]), 2), (ask("b", [1]), 1)):
-        with pytest.raises(InvalidRequest, match="is here"):
+        with pytest.raises(Unavailable, match="is here"):
             add(request, lease)
     add(ask("b", [1]), 0)
     with pytest.raises(ResourceExhausted, match="2 prompts wait and 0 run here, at most 2 may") as full:
         add(ask("c", [1]), 0)
     assert full.value.retryable
     assert full.value.retry_after_s
+
+
+def test_one_that_nobody_wants_yet_holds_up_nobody():
+    """It is older, too large and was passed often, but no decode group has room for it: the wanted one starts."""
+    node = Node(num_blocks=4, age_limit=1, max_unaccepted=1)
+    node.scheduler.add(ask("holder", [9] * 4), lease=1)
+    node.scheduler.accept(1)
+    node.run(1)
+    node.scheduler.add(ask("unwanted", [1] * 16), lease=2)
+    for i in range(5):
+        name = f"wanted{i}"
+        node.scheduler.add(ask(name, [2 + i] * 12), lease=0)
+        assert [event.request_id for event in node.run(3)[0]] == [name]
+
+
+@pytest.mark.parametrize("num_older", [0, 1, 3])
+def test_a_prompt_that_is_always_the_longest_starts_although_older_ones_find_no_room(num_older):
+    node = Node(num_blocks=24, max_sequences=4, max_waiting=500, age_limit=4, max_model_len=96)
+    node.scheduler.add(ask("holder", [9] * 32), lease=1)
+    node.scheduler.accept(1)
+    node.run(4)
+    for i in range(num_older):
+        node.scheduler.add(ask(f"too large {i}", [10 + i] * 92), lease=0)
+    node.scheduler.add(ask("long", [1] * 40), lease=0)
+    ended = []
+    for number in range(60):
+        for more in range(3):
+            shorts(node, 3 * number + more)
+        ended += [event.request_id for event in node.step()[1].events]
+        if "long" in ended:
+            break
+    assert "long" in ended and number <= 2 * 40 // 4
+    node.scheduler.release(1)
+    for number in range(60, 160):
+        shorts(node, 3 * number)
+        ended += [event.request_id for event in node.step()[1].events]
+    assert {f"too large {i}" for i in range(num_older)} <= set(ended), "and they, once there is room, before the younger ones"
+
+
+def test_every_drawn_event_happens_and_nothing_else():
+    assert {event for _, event in PROMPT_LIFE.table} == set(PromptEvent)
+    assert {stage for stage in Stage if PROMPT_LIFE.ends(stage)} == {Stage.ENDED}
 
 
 WHICH = st.integers(0, 9)
@@ -387,9 +447,11 @@ class PrefillMachine(RuleBasedStateMachine):
         self.requests = {}  # by lease number (drawn for lease 0 too)
         self.leased = {}
         self.accepted = set()
+        self.read = set()  # leases that had a pull
         self.pulls = {}  # open pulls per lease
         self.ending = set()  # leases given up while a pull reads
         self.announced = {}  # blocks of a lease since it was last computed
+        self.computed = set()  # leases whose last announcement was made
         self.events = {}
         self.planned = False
 
@@ -409,12 +471,12 @@ class PrefillMachine(RuleBasedStateMachine):
         request = ask(f"r{number % 5}", prompt, attempt=number, emitted=emitted, **sampling)
         try:
             self.scheduler.add(request, number if leased else 0)
-        except (ResourceExhausted, InvalidRequest):
+        except (ResourceExhausted, InvalidRequest, Unavailable):
             return
         self.requests[request.key] = request
         self.leased |= {number: request} if leased else {}
 
-    @rule(which=WHICH, how=st.sampled_from(["accept", "open", "close", "close", "release", "expire", "cancel"]))
+    @rule(which=WHICH, how=st.sampled_from(["accept", "open", "close", "close", "release", "cancel"]))
     def hear_of_a_lease(self, which, how):
         if how == "close":
             self.close()
@@ -428,6 +490,7 @@ class PrefillMachine(RuleBasedStateMachine):
     def open(self, number):
         self.scheduler.opened(number)
         self.accepted.add(number)
+        self.read.add(number)
         self.pulls[number] = self.pulls.get(number, 0) + 1
 
     def close(self):
@@ -436,6 +499,7 @@ class PrefillMachine(RuleBasedStateMachine):
             self.pulls[number] -= 1
             if not self.pulls[number]:
                 del self.pulls[number]
+                self.accepted.discard(number)
                 given_up = self.scheduler.closed(number)
                 assert not given_up or number in self.ending
                 if number in self.ending:
@@ -445,14 +509,10 @@ class PrefillMachine(RuleBasedStateMachine):
         self.scheduler.release(number)
         self.over(number)
 
-    def expire(self, number):
-        if self.scheduler.expire(number):
-            self.over(number)
-        else:
-            self.give_up(number)
-
     def cancel(self, number):
-        for ended in self.scheduler.cancel(*self.leased[number].key):
+        name, attempt = self.leased[number].key
+        self.scheduler.cancel(name, attempt)
+        for ended in [other for other, request in self.leased.items() if request.request_id == name and request.attempt <= attempt]:
             self.give_up(ended)
 
     def over(self, number):
@@ -479,7 +539,7 @@ class PrefillMachine(RuleBasedStateMachine):
             hypothesis.event("revoked")
             assert lease not in self.accepted
             self.announced.pop(lease)
-            self.events.pop(self.leased[lease].key)
+            self.computed.discard(lease)
         batch = self.node.plan()
         assert batch.num_tokens <= self.limits["max_step_tokens"]
         assert batch.num_sequences <= self.limits["max_sequences"]
@@ -490,12 +550,13 @@ class PrefillMachine(RuleBasedStateMachine):
         self.planned = False
         for event in outcome.events:
             request = self.requests[event.request_id, event.attempt]
-            assert self.events.setdefault(request.key, event) is event, "one event per prompt"
+            assert self.events.setdefault(request.key, event) is event, "one event per prompt, however often it is computed"
             assert event.output_index == len(request.emitted_ids)
             assert event.token_ids == (Node.model([*request.prompt_ids, *request.emitted_ids]),)
             assert event.cached_tokens % SIZE == 0
         for announced in outcome.announcements:
             self.check_announcement(announced)
+            self.computed |= {announced.lease} if announced.final else set()
             if announced.final and announced.final.finish_reason and self.pulls.get(announced.lease):
                 self.ending.add(announced.lease)
         for number in outcome.ended:
@@ -532,7 +593,8 @@ class PrefillMachine(RuleBasedStateMachine):
 
     @invariant()
     def unaccepted_leases_are_few(self):
-        started = {number for number in self.announced if number not in self.accepted}
+        """But for those that lost their reader."""
+        started = {number for number in self.announced if number not in self.accepted | self.read}
         assert len(started) <= self.limits["max_unaccepted"]
 
     def teardown(self):
@@ -547,7 +609,7 @@ class PrefillMachine(RuleBasedStateMachine):
                 break
             self.plan()
             self.apply()
-            for number in [n for n, request in self.leased.items() if request.key in self.events]:
+            for number in [number for number in self.leased if number in self.computed]:
                 self.release(number)
         assert self.scheduler.idle(), "a prompt waits for ever"
         assert self.node.pool.counts().idle()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ranks.service import Peer
 
 PATIENCE_S = 10.0
 LOOK_EVERY_S = 0.005
+BEAT_S = 0.5
 BLOCK_SIZE = 16
 BLOCK_BYTES = 2 * 2 * 2 * BLOCK_SIZE * 16 * 4  # of the tiny llama in fp32: layers, parts, heads, slots, dim, bytes
 
@@ -75,11 +77,11 @@ class PausableHost(RankHost):
 
 
 class InProcess:
-    """One rank with its life. Ended by `stop`."""
+    """One rank with its life, the only one of its node. Ended by `stop`. number: of the node among those of its role."""
 
-    def __init__(self, model: Path, role: str, num_blocks: int, **settings: object) -> None:
+    def __init__(self, model: Path, role: str, num_blocks: int, *, number: int = 0, **settings: object) -> None:
         config = {"model": str(model), "dtype": "float32", "block_size": BLOCK_SIZE, "kv_memory": num_blocks * BLOCK_BYTES, **settings}
-        plan = {"config": config, "role": role, "node": f"{role}-0", "rank": 0, "threads": 1}
+        plan = {"config": config, "role": role, "node": f"{role}-{number}", "rank": 0, "threads": 1}
         self.host = PausableHost(RankPlan.model_validate(plan | {"config": BatonConfig.model_validate(config)}))
         self.life = RankLife(self.host)
         self.role = role
@@ -120,13 +122,23 @@ class InProcess:
 
 
 class Stream:
-    """A router's control stream to one leader, scripted by a test; keeps all that it hears. Ended by `close`."""
+    """A router's control stream to one leader, scripted by a test; beats, and keeps all that it hears. Ended by `close`.
 
-    def __init__(self, role: str, address: str) -> None:
+    mute: the router has fallen silent, as if it were stopped. incarnation: of the router; each stream is another one's by default.
+    """
+
+    def __init__(self, role: str, address: str, incarnation: bytes | None = None) -> None:
         self._role = role
+        self._incarnation = incarnation or os.urandom(16)
         self._channel = open_channel(address)
         self._call: Any = None
+        self._saying = asyncio.Lock()
         self._listening: asyncio.Task[None] | None = None
+        self._beating: asyncio.Task[None] | None = None
+        self.mute = False
+        self.known: list[tuple[str, int, int]] = []
+        self.taken = 0
+        self.status = ""
         self.hello: node_pb2.NodeHello | None = None
         self.tokens: list[TokenEvent] = []
         self.accepted: list[tuple[str, int]] = []
@@ -138,14 +150,25 @@ class Stream:
         """Say hello and hear it."""
         stub = node_pb2_grpc.PrefillNodeStub if self._role == "prefill" else node_pb2_grpc.DecodeNodeStub
         self._call = stub(self._channel).Control()
-        await self.say(hello=node_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_incarnation=b"r" * 16))
+        await self.say(hello=node_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_incarnation=self._incarnation))
         self._listening = asyncio.create_task(self._listen())
         await eventually(lambda: self.hello is not None, "hello")
+        self._beating = asyncio.create_task(self._beat())
 
     async def say(self, **command: object) -> None:
         """Send one command."""
         kind: Any = node_pb2.PrefillCommand if self._role == "prefill" else node_pb2.DecodeCommand
-        await self._call.write(kind(**command))
+        async with self._saying:
+            await self._call.write(kind(**command))
+
+    async def _beat(self) -> None:
+        number = 0
+        while not self.ended:
+            await asyncio.sleep(BEAT_S)
+            number += 1
+            if not self.mute:
+                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # `_listen` says that it is over
+                    await self.say(beat=node_pb2.Beat(number=number))
 
     async def prefill(self, request: SequenceRequest, lease: int, time_left_s: float = 60.0) -> None:
         """Have a prompt computed."""
@@ -166,9 +189,17 @@ class Stream:
         )
         await self.say(decode=message)
 
+    async def decode_alone(self, request: SequenceRequest, time_left_s: float = 60.0) -> None:
+        """Have a sequence computed and generated without any prefill node."""
+        await self.say(decode=node_pb2.DecodeRequest(sequence=sequence_to_message(request, time_left_s)))
+
     async def cancel(self, request_id: str, attempt: int = 99) -> None:
         """End all attempts of a request."""
         await self.say(cancel=node_pb2.Cancel(request_id=request_id, attempt=attempt, reason="test"))
+
+    async def check(self, request_id: str, attempt: int = 1) -> None:
+        """Ask whether an attempt is still there."""
+        await self.say(check=node_pb2.Check(request_id=request_id, attempt=attempt))
 
     async def flush(self, number: int) -> int:
         """Have cached blocks forgotten; how many were."""
@@ -187,6 +218,8 @@ class Stream:
     async def close(self) -> None:
         """Break the stream."""
         self._call.cancel()
+        if self._beating is not None:
+            self._beating.cancel()
         if self._listening is not None:
             await asyncio.wait([self._listening])
         await self._channel.close(None)
@@ -195,6 +228,8 @@ class Stream:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):  # however it ends: `ended` says so
             async for event in self._call:
                 self._heard(event)
+        with contextlib.suppress(asyncio.CancelledError):
+            self.status = await self._call.details() or ""
         self.ended = True
 
     def _heard(self, event: node_pb2.NodeEvent) -> None:
@@ -202,6 +237,8 @@ class Stream:
             self.hello = event.hello
         self.tokens += (token_event_from_message(token) for token in event.tokens)
         self.accepted += ((item.request_id, item.attempt) for item in event.accepted)
+        self.taken = max(self.taken, event.load.taken)
+        self.known += ((item.request_id, item.attempt, item.next_index) for item in event.known)
         self.flushed |= {item.number: item.blocks for item in event.flushed}
         self.errors |= {(item.request_id, item.attempt): item for item in event.errors}
 

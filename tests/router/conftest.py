@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.config import BatonConfig, RouterConfig
+from baton.config import BatonConfig, MembershipConfig, RouterConfig
 from baton.tokenizer import Tokenizer
 from router.dispatch import Dispatcher
 from tests.router.echo_nodes import EchoNode
@@ -31,12 +31,22 @@ def tokenizer(model_dir: Path) -> Tokenizer:
 
 @pytest.fixture
 async def make_dispatcher(model_dir: Path, tokenizer: Tokenizer) -> AsyncIterator[MakeDispatcher]:
-    """Start a dispatcher over started echo nodes and wait until a pair is proven; router settings as keywords."""
+    """Start a dispatcher over started echo nodes and wait until a pair is proven; router settings as keywords.
+
+    beat_s: between heartbeats; dead_beats: missed ones after which a node is dead; suspect_beats: suspect, by default half of them.
+    """
     async with AsyncExitStack() as stack:
 
-        async def make(*nodes: EchoNode, wait: bool = True, beat_s: float = 1.0, **router: object) -> Dispatcher:
-            config = BatonConfig(model=str(model_dir), served_model_name="echo", router=RouterConfig.model_validate(router))
-            dispatcher = Dispatcher(config, tokenizer, beat_s=beat_s)
+        async def make(
+            *nodes: EchoNode, wait: bool = True, beat_s: float = 1.0, dead_beats: int = 6, suspect_beats: int = 0, **router: object
+        ) -> Dispatcher:
+            config = BatonConfig(
+                model=str(model_dir),
+                served_model_name="echo",
+                router=RouterConfig.model_validate(router),
+                membership=MembershipConfig(beat_s=beat_s, suspect_beats=suspect_beats or dead_beats // 2, dead_beats=dead_beats),
+            )
+            dispatcher = Dispatcher(config, tokenizer)
             stack.push_async_callback(dispatcher.close)
             dispatcher.start()
             for node in nodes:

@@ -14,6 +14,7 @@ from baton.errors import BatonError, NotFound
 from baton.request import Chunk, FinishReason, GenerateRequest, TokenLogprob, Usage
 from baton.telemetry import RouterMetrics
 from baton.tokenizer import Tokenizer
+from router.admission import Limits, check_request
 from router.flush import Flushed
 from router.schema import ModelCard
 
@@ -31,6 +32,10 @@ class EchoEngine:
         self._changed = asyncio.Event()
         self._faults = faults
         self._metrics = RouterMetrics()
+
+    def check(self, request: GenerateRequest) -> None:
+        """By the router's own rules, with the limits of this engine."""
+        check_request(request, Limits(MAX_MODEL_LEN, self.tokenizer.vocab_size))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
         """Every choice repeats the prompt's ids, again and again, until max_tokens, a stop id or a stop string."""

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 
 from baton.config import PROTOCOL_VERSION
-from baton.errors import BatonError, Incompatible
+from baton.errors import BatonError, Incompatible, NodeLost, Unavailable
 from baton.request import BlockCounts, SequenceRequest, TokenEvent, TokenLogprob
 from baton.rpc import abort, bind, make_server
 from baton.v1 import node_pb2, node_pb2_grpc
@@ -44,7 +44,13 @@ class Faults:
     stutter: every event is said twice, and the first one of a sequence again with each later one.
     deaf: a router's protocol version is not looked at, as if this node knew of none.
     silent: sequences and flushes are taken and nothing is ever said about them.
-    mute: nothing at all is said any more, not even loads.
+    mute: nothing at all is said any more, not even loads or a hello, as if the process were stopped.
+    quiet: beats and answers go on, but no sequence makes a token.
+    forget: requests that arrive are lost, as if they never had: whoever asks for one hears that it is unknown.
+    lose_at, lose_accepted: the event with this output index, or the router's word that decode has room, gets lost on its way, once.
+    lie_at: another token is said at this output index, once.
+    unreachable: pulls fail, since no prefill node answers them; what a group does alone works.
+    unrefined: loads do not say how many commands were taken, as those of a node that does not count them.
     """
 
     refuse: BatonError | None = None
@@ -55,6 +61,13 @@ class Faults:
     deaf: bool = False
     silent: bool = False
     mute: bool = False
+    quiet: bool = False
+    forget: bool = False
+    lose_at: int | None = None
+    lose_accepted: bool = False
+    lie_at: int | None = None
+    unreachable: bool = False
+    unrefined: bool = False
 
 
 @dataclass(slots=True)
@@ -94,6 +107,8 @@ class EchoNode:
         self.faults = Faults()
         self.received: list[SequenceRequest] = []
         self.cancelled: list[tuple[str, int]] = []
+        self.checked: list[tuple[str, int]] = []
+        self.draining = False
         self.leases: list[int] = []
         self.num_introductions = 0
         self.cached_blocks = 0
@@ -119,10 +134,21 @@ class EchoNode:
             await self._server.stop(None)
             self._server = None
 
+    def fail(self, request: SequenceRequest, error: BatonError) -> None:
+        """Say that an attempt has failed, whether or not it is (still) here."""
+        for session in self.sessions:
+            session.fail(request.key, error)
+
     @property
     def num_active(self) -> int:
         """Sequences on the node now."""
         return sum(len(session.active) for session in self.sessions)
+
+    @property
+    def num_speaking(self) -> int:
+        """Of them, those that have made some tokens here, which have very likely arrived."""
+        sequences = (sequence for session in self.sessions for sequence in session.active.values())
+        return sum(sequence.next_index > len(sequence.request.emitted_ids) + 5 for sequence in sequences)
 
     def hello(self) -> node_pb2.NodeHello:
         """Who the node says it is."""
@@ -154,7 +180,7 @@ class EchoNode:
     def load(self) -> node_pb2.Load:
         """An empty pool and the sequences under way."""
         counts = BlockCounts(total=NUM_BLOCKS, free=NUM_BLOCKS, cached=0, held=0, quarantined=0)
-        return node_pb2.Load(running_sequences=self.num_active, blocks=counts_to_message(counts))
+        return node_pb2.Load(running_sequences=self.num_active, blocks=counts_to_message(counts), draining=self.draining)
 
 
 class Session:
@@ -164,6 +190,7 @@ class Session:
         self.active: dict[tuple[str, int], EchoSequence] = {}
         self._node = node
         self._by_lease: dict[int, tuple[str, int]] = {}
+        self._num_taken = 0
         self._unsaid = node_pb2.NodeEvent()
         self._work = asyncio.Event()
 
@@ -175,10 +202,12 @@ class Session:
             await abort(context, Incompatible(said, node=self._node.name))
         self._node.sessions.append(self)
         try:
+            await self._unmuted()
             await context.write(node_pb2.NodeEvent(hello=self._node.hello()))
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._talk(context))
                 async for command in commands:
+                    self._num_taken += 1
                     self._take(command)
                     self._work.set()
                 raise ConnectionError("the router ended its stream")
@@ -195,9 +224,7 @@ class Session:
                 request = self._start(command.prefill.sequence, lease, runnable=lease == 0)
                 self._by_lease[lease] = request.key
             case "accepted":
-                key = self._by_lease.get(command.accepted.lease_number)
-                if key in self.active:
-                    self.active[key].runnable = True
+                self._accept(command.accepted.lease_number)
             case "decode":
                 self._node.num_introductions += bool(command.decode.exports)
                 request = self._start(command.decode.sequence, command.decode.lease.number, runnable=True)
@@ -207,21 +234,33 @@ class Session:
                 self._cancel(command.cancel)
             case "flush":
                 self._flush(command.flush.number)
+            case "check":
+                self._check(command.check)
 
     def _start(self, message: node_pb2.SequenceRequest, lease: int, runnable: bool) -> SequenceRequest:
         request = sequence_from_message(message)
         self._node.received.append(request)
         self._node.leases.append(lease)
         if self._node.faults.refuse is not None:
-            self._fail(request, self._node.faults.refuse)
-        elif not self._node.faults.silent:
+            self.fail(request.key, self._node.faults.refuse)
+        elif self._node.faults.unreachable and lease and self._node.role == "decode":
+            self.fail(request.key, NodeLost("prefill-0 has not answered the Pull", stage="pull", cause="handshake"))
+        elif not self._node.faults.silent and not self._node.faults.forget:
             self.active[request.key] = EchoSequence(request, len(request.emitted_ids), runnable)
         return request
 
-    def _fail(self, request: SequenceRequest, error: BatonError) -> None:
+    def _accept(self, lease: int) -> None:
+        key = self._by_lease.get(lease)
+        if self._node.faults.lose_accepted:
+            self._node.faults.lose_accepted = False
+        elif key in self.active:
+            self.active[key].runnable = True
+
+    def fail(self, key: tuple[str, int], error: BatonError) -> None:
+        """Say that an attempt has failed, with the next event."""
         code = grpc.StatusCode[error.status].value[0]
         detail = error_to_message(error)
-        self._unsaid.errors.append(node_pb2.SequenceError(request_id=request.request_id, attempt=request.attempt, error=detail, code=code))
+        self._unsaid.errors.append(node_pb2.SequenceError(request_id=key[0], attempt=key[1], error=detail, code=code))
 
     def _flush(self, number: int) -> None:
         self._node.flushes.append(number)
@@ -230,6 +269,14 @@ class Session:
         if not self._node.faults.silent:
             self._unsaid.flushed.append(node_pb2.CacheFlushed(number=number, blocks=self._node.cached_blocks))
             self._node.cached_blocks = 0
+
+    def _check(self, message: node_pb2.Check) -> None:
+        key = (message.request_id, message.attempt)
+        self._node.checked.append(key)
+        if (sequence := self.active.get(key)) is not None:
+            self._unsaid.known.append(node_pb2.Known(request_id=key[0], attempt=key[1], next_index=sequence.next_index))
+        elif not self._node.faults.silent:
+            self.fail(key, Unavailable("there is no such attempt here", cause="unknown_attempt", node=self._node.name))
 
     def _cancel(self, message: node_pb2.Cancel) -> None:
         self._node.cancelled.append((message.request_id, message.attempt))
@@ -241,11 +288,17 @@ class Session:
             self._step()
             if not self._node.faults.mute:
                 self._unsaid.load.CopyFrom(self._node.load())
+                if not self._node.faults.unrefined:
+                    self._unsaid.load.taken = self._num_taken
                 event, self._unsaid = self._unsaid, node_pb2.NodeEvent()
                 await context.write(event)
             await asyncio.sleep(self._node.step_s)
-            if not any(sequence.runnable for sequence in self.active.values()):
+            if self._node.faults.quiet or not any(sequence.runnable for sequence in self.active.values()):
                 await self._rest()
+
+    async def _unmuted(self) -> None:
+        while self._node.faults.mute:  # noqa: ASYNC110 - a fault is a plain value, nobody says when it ends
+            await asyncio.sleep(0.01)
 
     async def _rest(self) -> None:
         self._work.clear()
@@ -254,6 +307,8 @@ class Session:
                 await self._work.wait()
 
     def _step(self) -> None:
+        if self._node.faults.quiet or self._node.faults.mute:
+            return
         for key, sequence in tuple(self.active.items()):
             if sequence.runnable and self._survives(sequence):
                 event = self._next(sequence)
@@ -269,7 +324,7 @@ class Session:
         if faults.fail_at is not None and faults.fail_at[0] == sequence.next_index:
             error, faults.fail_at = faults.fail_at[1], None
             del self.active[sequence.request.key]
-            self._fail(sequence.request, error)
+            self.fail(sequence.request.key, error)
             return False
         return True
 
@@ -277,6 +332,9 @@ class Session:
         request, index = sequence.request, sequence.next_index
         sequence.next_index += 1
         token_id = echo_id(request, index)
+        if index == self._node.faults.lie_at:
+            self._node.faults.lie_at = None
+            token_id += 1
         wanted = request.sampling.num_logprobs
         top = ((token_id, ECHO_LOGPROB),) if wanted else ()
         return TokenEvent(
@@ -290,6 +348,9 @@ class Session:
         )
 
     def _say(self, sequence: EchoSequence, event: TokenEvent) -> None:
+        if event.output_index == self._node.faults.lose_at:
+            self._node.faults.lose_at = None
+            return
         said = [event]
         if self._node.faults.stutter:
             sequence.first = sequence.first or event

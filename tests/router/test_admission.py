@@ -83,7 +83,7 @@ TestDoor.settings = settings(max_examples=30, stateful_step_count=30, deadline=N
         ({"temperature": 101.0}, r"temperature must be 0 to 100.0, not 101.0"),
         ({"temperature": math.nan}, "temperature must be a finite number, not nan"),
         ({"temperature": math.inf}, "temperature must be a finite number, not inf"),
-        ({"top_k": -2}, "top_k must be at least -1, not -2"),
+        ({"top_k": -2}, "top_k must be -1 to 2147483647, not -2"),
         ({"top_p": 0.0}, "top_p must be more than 0"),
         ({"top_p": 1.1}, "top_p must be 0 to 1, not 1.1"),
         ({"min_p": -0.5}, "min_p must be 0 to 1, not -0.5"),
@@ -182,3 +182,21 @@ def test_stop_ids_hold_the_ends_unless_ignored():
 
 def test_seeds_of_several_sequences():
     assert [sequence_seed(2**64 - 1, i) for i in range(3)] == [2**64 - 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("request_", "param", "message"),
+    [
+        (GenerateRequest(Prompt(text="x"), request_id="r" * 257), "request_id", "may have 256 printable characters, not 257"),
+        (GenerateRequest(Prompt(text="x"), request_id="a\nb"), "request_id", "printable"),
+        (GenerateRequest(Prompt(text="x"), model="m" * 10_000), "model", "not 10000: 'mmm"),
+        (GenerateRequest(Prompt(messages=({"role": "user", "content": ""},) * 4097)), "messages", "4097 messages, at most 4096"),
+        (GenerateRequest(Prompt(messages=({"role": "tool", "content": ""},))), "messages.0.role", "not 'tool'"),
+        (GenerateRequest(Prompt(messages=({"content": ""},))), "messages.0.role", "assistant, developer, system, user"),
+    ],
+)
+def test_names_and_messages_are_bounded(request_, param, message):
+    with pytest.raises(InvalidRequest) as caught:
+        check_request(request_, LIMITS)
+    assert caught.value.param == param and message in caught.value.message and len(caught.value.message) < 200
+    check_request(GenerateRequest(Prompt(messages=({"role": "user", "content": ""},) * 4096), request_id="ü" * 256), LIMITS)

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from baton.errors import DeadlineExceeded, NodeLost, NotFound, Unavailable
-from baton.request import Sampling, SequenceRequest
+from baton.errors import BatonError, DeadlineExceeded, NodeLost, NotFound, Unavailable
+from baton.request import Sampling, SequenceRequest, TokenEvent
 from router.flush import Flushed
-from router.heard import Heard
+from router.heard import GroupLoad, Heard
 from router.nodes import MAX_QUEUED_COMMANDS
+from router.registry import Group
 from tests.router.conftest import MakeDispatcher
 from tests.router.echo_nodes import EchoNode
-from tests.router.test_dispatch import nodes, until
+from tests.router.test_dispatch import asked, collect, echo, nodes, text_of, until
 
 
 async def test_cancels_that_a_node_does_not_read_stay_owed(make_dispatcher: MakeDispatcher) -> None:
@@ -35,6 +36,112 @@ async def test_a_sequence_that_nobody_waits_for_is_ended(make_dispatcher: MakeDi
     source, target = dispatcher.fleet.link(pair.prefill), dispatcher.fleet.link(pair.decode)
     target.decode(forgotten, source, 7, 20.0, introduce=False)
     await until(lambda: ("forgotten", 1) in decode.cancelled and not decode.num_active, "its end")
+
+
+class Witness:
+    """A carrier that remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+
+    def on_tokens(self, group: Group, event: TokenEvent) -> None:
+        self.told.append(("token", group.name, event.attempt, event.output_index))
+
+    def on_accepted(self, group: Group, attempt: int) -> None:
+        self.told.append(("accepted", group.name, attempt))
+
+    def on_failed(self, group: Group, attempt: int, error: BatonError) -> None:
+        self.told.append(("failed", group.name, attempt, error.cause))
+
+    def on_known(self, group: Group, attempt: int, next_index: int) -> None:
+        self.told.append(("known", group.name, attempt, next_index))
+
+    def on_lost(self, group: Group, error: NodeLost) -> None:
+        self.told.append(("lost", group.name, error.cause))
+
+    def look(self, now_s: float) -> None:
+        self.told.append(("look",))
+
+    def hand_over(self, group: Group) -> bool:
+        self.told.append(("hand over", group.name))
+        return True
+
+    def abandon(self, error: BatonError) -> None:
+        self.told.append(("abandoned", error.cause))
+
+
+async def test_a_node_that_is_asked_for_an_attempt_says_how_far_it_is_or_that_it_is_unknown(make_dispatcher: MakeDispatcher) -> None:
+    prefill, decode = nodes()
+    fleet = (await make_dispatcher(prefill, decode)).fleet
+    decode.faults.quiet = True
+    pair, witness = fleet.registry.pairs()[0], Witness()
+    link = fleet.link(pair.decode)
+    fleet.enter("mine", witness)
+    link.decode(SequenceRequest("mine", 4, (1, 2, 3), Sampling(max_tokens=9), emitted_ids=(1, 2)), None, 0, 20.0)
+    link.check("mine", 4)
+    link.check("mine", 3)
+    expected = {("accepted", "decode-0/0", 4), ("failed", "decode-0/0", 3, "unknown_attempt"), ("known", "decode-0/0", 4, 2)}
+    await until(lambda: set(witness.told) - {("look",)} == expected, "the answers")
+    fleet.leave("mine")
+    fleet.heard(link, Heard(known=(("mine", 4, 2),)))  # late: dropped
+
+
+async def test_every_beat_has_every_carrier_look_after_itself(make_dispatcher: MakeDispatcher) -> None:
+    fleet = (await make_dispatcher(*nodes(), beat_s=0.02, dead_beats=1000)).fleet
+    witness = Witness()
+    fleet.enter("mine", witness)
+    await until(lambda: witness.told[:3] == [("look",)] * 3, "three beats")
+    fleet.leave("mine")
+
+
+async def test_what_was_sent_counts_until_the_node_says_that_it_has_taken_it(make_dispatcher: MakeDispatcher) -> None:
+    """A load that was under way meanwhile does not say so."""
+    prefill, decode = nodes()
+    fleet = (await make_dispatcher(prefill, decode)).fleet
+    group = fleet.registry.pairs()[0].decode
+    link = fleet.link(group)
+    await until(lambda: group.idle and link.unread == (0, 0), "the proof's end")
+    link.decode(SequenceRequest("mine", 1, (1, 2, 3), Sampling(max_tokens=9), emitted_ids=(1,)), None, 0, 20.0)
+    fleet.heard(link, Heard(load=GroupLoad()))
+    assert (group.sent_sequences, group.sent_tokens, group.idle) == (1, 4, False)
+    await until(lambda: group.idle, "the node to have taken and ended it")
+    assert decode.received[-1].request_id == "mine"
+    decode.faults.unrefined = True
+    link.decode(SequenceRequest("other", 1, (1, 2, 3), Sampling(max_tokens=9)), None, 0, 20.0)
+    await until(lambda: link.unread == (0, 0), "any word of a node that does not count")
+
+
+async def test_two_nodes_of_one_name_both_get_work(make_dispatcher: MakeDispatcher) -> None:
+    """As long as one takes the other's place, neither hides the other."""
+    prefill, decode = nodes(step_s=0.01)
+    namesake = EchoNode("decode", "decode-0", step_s=0.01)
+    dispatcher = await make_dispatcher(prefill, decode, namesake)
+    await until(lambda: all(pair.usable for pair in dispatcher.fleet.registry.pairs()), "all proofs")
+    answers = [asyncio.create_task(collect(dispatcher, asked(max_tokens=30))) for _ in range(4)]
+    await until(lambda: decode.num_active == namesake.num_active == 2, "both to run")
+    assert [text_of(await answer) for answer in answers] == [echo(30)] * 4
+
+
+async def test_a_decode_group_serves_alone_while_no_prefill_node_is_there(make_dispatcher: MakeDispatcher) -> None:
+    prefill, decode = nodes()
+    dispatcher = await make_dispatcher(decode)
+    chunks = await collect(dispatcher, asked(max_tokens=30))
+    assert (text_of(chunks), chunks[-1].served_by) == (echo(30), ("decode-0/0",))
+    assert not decode.num_introductions and not any(decode.leases), "no lease is named"
+    (pair,) = dispatcher.status()["pairs"]
+    assert (pair["name"], pair["prefill"], pair["usable"]) == ("decode-0/0 alone", "", True)
+    dispatcher.add_group("prefill", await prefill.start())
+    try:
+        assert await dispatcher.wait_ready(20)
+        assert text_of(await collect(dispatcher, asked(max_tokens=30))) == echo(30)
+        assert prefill.received[-1].sampling.max_tokens == 30 and decode.leases[-1]
+        await prefill.stop()
+        await until(lambda: not any(group.ready for group in dispatcher.fleet.registry.groups() if group.role == "prefill"), "the loss")
+        assert dispatcher.ready()
+        assert (await collect(dispatcher, asked(max_tokens=30)))[-1].served_by == ("decode-0/0",)
+    finally:
+        await dispatcher.close()
+        await prefill.stop()
 
 
 async def test_a_load_that_says_nothing_new_wakes_nobody(make_dispatcher: MakeDispatcher) -> None:

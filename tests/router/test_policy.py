@@ -17,7 +17,9 @@ def decode(name, **more):
 
 
 def all_pairs(groups):
-    return [(p.name, d.name) for p in groups if p.role == "prefill" for d in groups if d.role == "decode"]
+    """Every pair, those of a decode group alone included."""
+    sources = [None, *(view.name for view in groups if view.role == "prefill")]
+    return [(source, view.name) for source in sources for view in groups if view.role == "decode"]
 
 
 def chosen(groups, prompt_len=10, **more):
@@ -56,6 +58,7 @@ def test_only_proven_pairs():
     assert choose(groups, [("p1", "d1")], 10) == ("p1", "d1")
     assert choose(groups, [("p9", "d1"), ("p0", "d9")], 10) is None
     assert choose(groups, [], 10) is None
+    assert choose([*groups, decode("d9", ready=False)], [("p0", "d9"), (None, "d9")], 10) is None
 
 
 def test_groups_that_failed_before_are_the_last_resort():
@@ -69,6 +72,23 @@ def test_only_decode_is_chosen_where_the_blocks_are_already():
     assert chosen(groups) == ("p0", "d1")
     assert chosen(groups, prefill="p1") == ("p1", "d1")
     assert chosen(groups, prefill="p7") is None
+
+
+def test_a_decode_group_is_alone_only_while_no_prefill_group_is_open():
+    groups = [prefill("p0"), decode("d0")]
+    assert choose(groups, [(None, "d0")], 10) is None, "an open prefill group will soon be proven with it"
+    assert choose(groups, [("p0", "d0"), (None, "d0")], 10) == ("p0", "d0")
+    for closed in (replace(groups[0], draining=True), replace(groups[0], ready=False)):
+        assert choose([closed, groups[1]], [("p0", "d0"), (None, "d0")], 10) == (None, "d0")
+    assert choose([groups[1]], [(None, "d0")], 10) == (None, "d0")
+    assert choose([groups[1]], [(None, "d0")], 10, prefill="p0") is None, "blocks that are there are read by a pair of two"
+
+
+def test_alone_the_prompts_that_wait_count_first():
+    groups = [decode("d0", running_sequences=9), decode("d1", waiting_tokens=100), decode("d2", sent_tokens=50, running_sequences=1)]
+    assert chosen(groups) == (None, "d0")
+    assert chosen(groups, avoid={"d0"}) == (None, "d2")
+    assert chosen([decode("d0", usable_blocks=0), decode("d1", waiting_tokens=9000)]) == (None, "d1"), "room goes before that"
 
 
 VIEWS = st.builds(
@@ -90,8 +110,18 @@ GROUPS = st.lists(VIEWS, max_size=8, unique_by=lambda view: view.name)
 def test_the_choice_is_open_and_does_not_depend_on_order(groups, prompt_len, avoid, random):
     choice = chosen(groups, prompt_len, avoid=avoid)
     open_names = {view.name for view in groups if view.ready and not view.draining}
-    usable = [pair for pair in all_pairs(groups) if set(pair) <= open_names]
+    prefill_open = any(view.role == "prefill" and view.name in open_names for view in groups)
+    open_pairs = [pair for pair in all_pairs(groups) if {name for name in pair if name} <= open_names]
+    usable = [(source, target) for source, target in open_pairs if (source is None) != prefill_open]
     assert (choice in usable) if usable else choice is None
     assert not any(set(pair).isdisjoint(avoid) for pair in usable) or set(choice).isdisjoint(avoid)
     random.shuffle(groups)
     assert chosen(groups, prompt_len, avoid=avoid) == choice
+
+
+@given(GROUPS, st.integers(0, 50), st.sampled_from("abcdefgh"))
+def test_where_the_blocks_are_is_kept(groups, prompt_len, source):
+    choice = chosen(groups, prompt_len, prefill=source)
+    takers = {view.name for view in groups if view.role == "decode" and view.open}
+    there = any(view.name == source and view.role == "prefill" for view in groups)
+    assert (choice is not None and choice[0] == source and choice[1] in takers) if there and takers else choice is None

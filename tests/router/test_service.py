@@ -30,6 +30,7 @@ from baton.request import FinishReason
 from baton.rpc import open_channel
 from baton.v1 import inference_pb2_grpc
 from baton.wire import generate_request_to_message
+from router.membership import NodeReport
 from router.server import RouterServer
 from tests.router.echo_nodes import EchoNode
 from tests.router.echo_tokenizer import save_tokenizer
@@ -72,8 +73,8 @@ async def until(condition) -> None:
 
 
 def told(node: EchoNode) -> set[str]:
-    """Requests that a node was told to cancel; tokens that come late make the router say it again."""
-    return {request_id for request_id, _ in node.cancelled}
+    """Clients' requests that a node was told to cancel; tokens that come late make the router say it again."""
+    return {request_id for request_id, _ in node.cancelled if not request_id.startswith("proof-")}
 
 
 async def test_text_ids_and_messages_stream(model_dir: Path) -> None:
@@ -119,7 +120,7 @@ async def test_errors_arrive_as_they_were_raised(model_dir: Path) -> None:
 async def test_the_clients_deadline_and_its_leaving_reach_the_nodes(model_dir: Path) -> None:
     async with running(model_dir, step_s=0.01) as router:
         with pytest.raises(DeadlineExceeded):
-            await router.client.complete(PROMPT, max_tokens=3000, timeout_s=0.3)
+            await router.client.complete(PROMPT, max_tokens=3000, timeout_s=1.0)
         await until(lambda: len(told(router.decode)) == 1)
         async with aclosing(router.client.generate(PROMPT, max_tokens=3000)) as chunks:
             await anext(chunks)
@@ -137,7 +138,7 @@ async def test_a_client_that_reads_nothing_is_given_up(model_dir: Path) -> None:
         await call.read()
         await until(lambda: b'baton_requests_total{outcome="slow_client"} 1.0' in router.server.dispatcher.metrics())
         assert router.server.dispatcher.num_running == 0
-        assert router.decode.num_active == 0
+        await until(lambda: router.decode.num_active == 0)  # as soon as the Cancels have arrived
         with pytest.raises(grpc.RpcError, match="unread"):
             while await call.read() is not grpc.aio.EOF:
                 pass
@@ -177,6 +178,7 @@ async def test_keys_are_asked_for_by_every_call(model_dir: Path) -> None:
             router.client.models(),
             router.client.status(),
             router.client.drain("x", 0),
+            router.client.restore("x"),
             router.client.flush_cache(),
         ):
             with pytest.raises(Unauthenticated):
@@ -189,7 +191,7 @@ async def test_keys_are_asked_for_by_every_call(model_dir: Path) -> None:
 
 
 async def test_status_models_and_drain(model_dir: Path) -> None:
-    async with running(model_dir) as router:
+    async with running(model_dir, no_node_s=0.1) as router:
         (model,) = await router.client.models()
         assert (model.name, model.max_model_len, model.dtype) == ("echo", 4096, "float32")
         await router.client.complete(PROMPT, max_tokens=5)
@@ -199,14 +201,53 @@ async def test_status_models_and_drain(model_dir: Path) -> None:
             ("prefill-0", "prefill", "ready"),
             ("decode-0", "decode", "ready"),
         ]
-        assert [(pair.prefill, pair.decode, pair.proven, pair.refusal) for pair in status.pairs] == [("prefill-0", "decode-0/0", True, "")]
-        assert await router.client.drain("decode-0", 10)
+        pairs = [(pair.prefill, pair.decode, pair.refusal) for pair in status.pairs]
+        assert pairs == [("prefill-0", "decode-0/0", ""), ("", "decode-0/0", "")], "the last is decode alone"
+        assert status.pairs[0].proven
+        assert (await router.client.drain("decode-0", 10)).idle
         with pytest.raises(NotFound):
             await router.client.drain("decode-9", 0)
         assert not (await router.client.status()).ready
         with pytest.raises(BatonError, match="0 of 1 decode") as caught:
-            await router.client.complete(PROMPT, max_tokens=5, timeout_s=1.0)
+            await router.client.complete(PROMPT, max_tokens=5)
         assert isinstance(caught.value, Unavailable)
+        await router.client.restore("decode-0")
+        assert (await router.client.status()).ready
+        with pytest.raises(NotFound):
+            await router.client.restore("decode-9")
+
+
+async def test_what_the_supervisor_says_is_shown_and_what_it_should_know_waits_for_it(model_dir: Path) -> None:
+    async with running(model_dir) as router, httpx.AsyncClient(base_url=f"http://{router.addresses['http']}") as http:
+        dispatcher = router.server.dispatcher
+        dispatcher.report_node(NodeReport("decode-1", "decode", "loading", "rank 0 died", lives=2))
+        assert [(node.node, node.role, node.stage, node.why, node.lives) for node in (await router.client.status()).nodes] == [
+            ("decode-1", "decode", "loading", "rank 0 died", 2)
+        ]
+        assert "decode-1 is being rebuilt: loading (rank 0 died)" in (await http.get("/health?verbose")).json()["summary"]
+        reply = await router.client.drain("decode-0", 10, retire=True)
+        assert (reply.idle, reply.handed_over) == (True, 0)
+        assert [(notice.kind, notice.node) for notice in await dispatcher.notices.take(20)] == [("retire", "decode-0")]
+        health = await http.get("/health")
+        assert health.status_code == 503 and "decode-1 is being rebuilt" in health.json()["reason"]
+
+
+async def test_stopping_with_time_to_drain_lets_requests_finish(model_dir: Path) -> None:
+    """While they do, health says over both fronts that nobody should come, and whoever comes is told why not."""
+    async with running(model_dir, step_s=0.01) as router, open_channel(router.addresses["grpc"]) as channel:
+        answers = [asyncio.create_task(router.client.complete(PROMPT, max_tokens=150, temperature=0.0)) for _ in range(2)]
+        await until(lambda: router.decode.num_active == 2)
+        stopping = asyncio.create_task(router.server.stop(drain_s=60))
+        async with httpx.AsyncClient(base_url=f"http://{router.addresses['http']}") as http:
+            await until(lambda: not router.server.dispatcher.ready())
+            health = await http.get("/health")
+            assert health.status_code == 503 and "shutting down" in health.json()["reason"]
+        request, serving = health_pb2.HealthCheckRequest(), health_pb2.HealthCheckResponse
+        assert (await health_pb2_grpc.HealthStub(channel).Check(request)).status == serving.NOT_SERVING
+        with pytest.raises(Unavailable, match="shutting down"):
+            await router.client.complete(PROMPT, max_tokens=5)
+        assert [(await answer)[0].finish_reason for answer in answers] == [FinishReason.LENGTH] * 2
+        await stopping
 
 
 async def test_flushing_caches(model_dir: Path) -> None:

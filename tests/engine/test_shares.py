@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill_node.shares import Shares
+from baton.engine.shares import Shares
 
 
 @dataclass

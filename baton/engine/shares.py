@@ -1,4 +1,4 @@
-"""How the tokens of one prefill step are shared out between prompts. Pure.
+"""How the tokens that a step has for prompts are shared out: on prefill, and on decode where it computes prompts itself. Pure.
 
 Fewest tokens left first, and of equals the older: so a short prompt is not held up by a long one, and equally long ones are
 computed one after the other. The oldest prompt under way is sure of half a step, however many shorter ones come: so none waits

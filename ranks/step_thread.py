@@ -1,0 +1,73 @@
+"""The one thread of a rank on which it computes. Knows nothing of what runs there.
+
+Not an executor of the standard library: those threads are joined when the interpreter ends, and a rank that has failed because a step
+is stuck in native code would never die of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from baton.errors import Unavailable
+
+Result = TypeVar("Result")
+Work = tuple[Future[Any], Callable[[], Any]]
+
+
+class StepThread:
+    """Works one call after the other, from the first `run` until `close`. Owner: the rank's event loop."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="baton-step", daemon=True)
+        self._closed = False
+
+    async def run(self, call: Callable[[], Result]) -> Result:
+        """What `call` returns or raises, once its turn has come. Raises Unavailable on a thread that is closed.
+
+        A cancel is for the waiting: a call that has begun runs on.
+        """
+        if self._closed:
+            raise Unavailable("the rank is closing", cause="closed")
+        if self._thread.ident is None:
+            self._thread.start()
+        future: Future[Result] = Future()
+        self._work.put((future, call))
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """Begin nothing more; a call under way is left to itself. Those that wait for their turn are cancelled."""
+        self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while (work := self._work.get_nowait()) is not None:
+                work[0].cancel()
+        self._work.put(None)
+
+    def _main(self) -> None:
+        while self._turn():
+            continue
+
+    def _turn(self) -> bool:
+        """One call; False at the end. A function of its own, so that nothing of the call is kept while waiting for the next."""
+        work = self._work.get()
+        if work is None:
+            return False
+        future, call = work
+        if future.set_running_or_notify_cancel():
+            _settle(future, call)
+        return True
+
+
+def _settle(future: Future[Result], call: Callable[[], Result]) -> None:
+    try:
+        result = call()
+    except BaseException as error:  # it is raised where the call was made, whatever it is
+        future.set_exception(error)
+    else:
+        future.set_result(result)

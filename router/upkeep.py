@@ -1,0 +1,80 @@
+"""What operators and the supervisor do to nodes while requests run: drain, retire, restore, report. Knows no requests by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from baton.deadline import Deadline
+from baton.errors import NotFound
+from router.fleet import Fleet
+from router.membership import NodeReport
+from router.notices import Notice
+from router.registry import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """What a drain came to. idle: nothing of this router is on the node any more. handed_over: sequences that went on elsewhere."""
+
+    idle: bool
+    handed_over: int = 0
+
+
+class Upkeep:
+    """State owner: the registry keeps every wish. settle_s: how long a node gets to say that it has let go of what was handed over."""
+
+    def __init__(self, fleet: Fleet, settle_s: float) -> None:
+        self._fleet = fleet
+        self._settle_s = settle_s
+
+    async def drain(self, node: str, timeout_s: float, *, retire: bool = False) -> Drained:
+        """Send no new work to a node; what is still there after timeout_s goes on elsewhere, if there is an elsewhere.
+
+        retire: once it is idle, have its processes ended. Raises NotFound for an unknown node.
+        """
+        groups = self._fleet.registry.drain(node)
+        self._check_known(node, groups)
+        self._fleet.notify()
+        handed_over, idle = 0, await self._idle(groups, timeout_s)
+        if not idle and any(self._fleet.registry.usable()):
+            handed_over = self._fleet.hand_over(groups)
+            idle = await self._idle(groups, self._settle_s)
+        if idle and retire:
+            self._put("retire", node, groups, "it is drained")
+        return Drained(idle, handed_over)
+
+    def restore(self, node: str) -> None:
+        """Let a drained node have work again, and have it built if it was retired. Raises NotFound for an unknown node."""
+        groups = self._fleet.registry.restore(node)
+        self._check_known(node, groups)
+        self._fleet.notices.withdraw("retire", node)
+        self._put("restore", node, groups, "it is restored")
+        self._fleet.notify()
+
+    def report(self, report: NodeReport) -> None:
+        """The supervisor says how a node is; shown to operators and in errors."""
+        self._fleet.registry.reports[report.node] = report
+        self._fleet.notify()
+
+    def unknown(self, node: str) -> NotFound:
+        """The error for a node that nobody knows."""
+        registry = self._fleet.registry
+        known = sorted({*registry.reports, *(group.node for group in registry.groups())})
+        return NotFound(f"there is no node {node!r}; known are {', '.join(known) or 'none'}", stage="router")
+
+    def _check_known(self, node: str, groups: Sequence[Group]) -> None:
+        if not groups and node not in self._fleet.registry.reports:
+            raise self.unknown(node)
+
+    async def _idle(self, groups: Sequence[Group], timeout_s: float) -> bool:
+        """Wait until the groups are idle; False if they are not by then. Nothing of ours is on a group that cannot be talked to."""
+        deadline = Deadline.after(timeout_s)
+        while any(group.up and not group.idle for group in groups):
+            if not await self._fleet.changed(deadline.left_s()):
+                return False
+        return True
+
+    def _put(self, kind: Literal["retire", "restore"], node: str, groups: Sequence[Group], why: str) -> None:
+        self._fleet.notices.put(Notice(kind, node, groups[0].address if groups else "", why))
