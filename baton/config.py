@@ -133,6 +133,10 @@ class MembershipConfig(Section):
     def _in_order(self) -> Self:
         if self.suspect_beats >= self.dead_beats:
             raise ValueError(f"suspect_beats {self.suspect_beats} must be fewer than dead_beats {self.dead_beats}")
+        if self.router_gone_s < 2 * self.beat_s:
+            raise ValueError(
+                f"router_gone_s {self.router_gone_s:g} must be at least two beats of {self.beat_s:g} s, or one late beat ends all"
+            )
         return self
 
     @property

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 5.0
 _TELL_S = 8.0
+_DEATH_S = 1.0
 
 
 class Door:
@@ -97,7 +98,7 @@ class Door:
         try:
             done, _ = await asyncio.wait(doing, return_when=asyncio.FIRST_COMPLETED)
             (first, *_) = (task for task in doing if task in done)
-            return (Lost(name=FRONT, pid=self.pid, reason=first.result()),)
+            return (Lost(name=FRONT, pid=self.pid, reason=first.result(), ended=first is doing[0]),)
         finally:
             for task in doing:
                 task.cancel()
@@ -181,7 +182,7 @@ class Door:
             except TimeoutError:
                 return f"it has answered nothing for {limit_s:g} s"
             except NodeLost as error:
-                return error.message
+                return await self._if_not_dead(error)
             for number, notice in heard:
                 after = number
                 self._on_notice(notice)
@@ -192,8 +193,13 @@ class Door:
             try:
                 await self.settle()
             except NodeLost as error:
-                return error.message
+                return await self._if_not_dead(error)
             await self._news.wait()
+
+    async def _if_not_dead(self, error: NodeLost) -> str:
+        """What is wrong, after a moment: if the router has died, whoever watches for that is to say so."""
+        await asyncio.sleep(_DEATH_S)
+        return error.message
 
     async def _tell_one(self) -> bool:
         """Tell one thing it does not know; False if there is none. What went goes first: an address may be given to another life."""

@@ -79,7 +79,7 @@ class RankHost:
         self.spec, self.fingerprint = await self._step_thread.run(self._read_spec)
         self.placement = placement_of(self.plan, self.spec, self.plan.rank)
         self.domain = [address for address in self.addresses if self._steps_with_me(address.rank)]
-        self.peers = tuple(Peer(a.node, a.rank, a.control) for a in self.addresses if a.rank != self.plan.rank)
+        self.peers = tuple(Peer(a.node, a.rank, a.control, self.plan.role) for a in self.addresses if a.rank != self.plan.rank)
         for peer in self.peers:
             self._closing.push_async_callback(peer.close)
         config = self.plan.config

@@ -106,9 +106,10 @@ def add_rank_service(server: grpc.aio.Server, side: RankSide) -> None:
 
 
 class Peer:
-    """Another rank of the same node, as seen from here. Owns its channel; closed with the rank."""
+    """Another rank of the same node, as seen from here. Owns its channel; closed with the rank. stage: what errors say it is part of."""
 
-    def __init__(self, node: str, rank: int, address: str) -> None:
+    def __init__(self, node: str, rank: int, address: str, stage: str = "") -> None:
+        self._stage = stage
         self.name = f"{node}/{rank}"
         self.rank = rank
         self._channel = open_channel(address)
@@ -160,7 +161,7 @@ class Peer:
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            raise to_error(error, stage="decode", node=self.name) from error
+            raise to_error(error, stage=self._stage, node=self.name) from error
 
 
 async def wake_all(peers: Sequence[Peer], epoch: int) -> None:

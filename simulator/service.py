@@ -21,7 +21,7 @@ from simulator.network import Network
 from simulator.schedule import Ask, Schedule
 from simulator.stream import SimCall
 
-STALL_S = 30.0
+STALL_S = 8.0  # longer than a router is patient with it
 
 
 def serve(server: grpc.aio.Server, dispatcher: Dispatcher, slow_client_s: float) -> None:

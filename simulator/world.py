@@ -172,6 +172,7 @@ class Simulator:
     def __enter__(self) -> Self:
         self._closing.enter_context(self._ear.listening())
         self._closing.callback(gc.enable)
+        self._closing.callback(gc.unfreeze)
         gc.freeze()
         gc.disable()
         return self

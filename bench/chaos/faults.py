@@ -70,18 +70,19 @@ class Fault:
 
 
 def plan(num_faults: int, kinds: Sequence[Kind], ranks: Sequence[str], seed: int, overlap: float) -> tuple[Fault, ...]:
-    """Every kind about equally often, in no order; each rank about as often as any other. overlap: the share that overlaps, 0 to 1.
+    """Every kind about equally often, in no order; of one kind, each rank about as often as any other.
 
+    overlap: the share of faults after which the next one does not wait, 0 to 1.
     A router's death never overlaps: what it leaves is looked at when nothing else is going on.
     """
     chance = random.Random(f"faults {seed}")
     dealt = _dealt(kinds, num_faults, chance)
-    targets = iter(_dealt(ranks, sum(kind in _ENDS_PROCESSES for kind in dealt), chance))
+    targets = {kind: iter(_dealt(ranks, dealt.count(kind), chance)) for kind in _ENDS_PROCESSES}
     return tuple(
         Fault(
             number=number,
             kind=kind,
-            target=next(targets) if kind in _ENDS_PROCESSES else "",
+            target=next(targets[kind]) if kind in targets else "",
             pick=chance.random(),
             after_share=chance.uniform(0.2, 0.7),
             delay_s=chance.uniform(0.0, 0.4),

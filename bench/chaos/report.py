@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bench.chaos.faults import Record
 from bench.chaos.judge import Findings, Promise
@@ -63,7 +63,7 @@ def print_result(console: Console, result: Result) -> None:
 
 
 def _print_requests(console: Console, found: Findings) -> None:
-    table = _table("", "")
+    table = _table(Column(overflow="fold"), "")
     figures = {
         "requests": found.num_requests,
         "finished": found.num_finished,
@@ -83,7 +83,7 @@ def _print_requests(console: Console, found: Findings) -> None:
 
 def _print_faults(console: Console, rows: tuple[Row, ...]) -> None:
     columns = ("num", "skip", "struck", "pause s\nmedian", "\nmost", "\nlimit", "token 1\nmost", "whole s\nmedian", "\nmost")
-    table = _table("", *columns)
+    table = _table(Column(no_wrap=True), *columns)
     for row in rows:
         pause = f"{row.pause_median_s:.2f}", f"{row.pause_longest_s:.2f}", f"{row.limit_s:g}" if row.limit_s else ""
         whole = f"{row.whole_median_s:.1f}", f"{row.whole_longest_s:.1f}"
@@ -111,9 +111,8 @@ def _say(console: Console, *lines: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(first: str, *columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column(first, no_wrap=True)
+def _table(first: Column, *columns: str) -> Table:
+    table = Table(first, box=None, pad_edge=False, header_style="dim")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table

@@ -2,8 +2,8 @@
 
 In float32 the sums of a step depend in their last bits on what it is batched with, in undisturbed runs as well: logits differ by some 1e-6.
 A draw whose number falls that near to the border of two tokens, or two greedy logits that near to each other, may then go either way.
-Once in a million tokens or so; a run under faults compares a hundred thousand. So such a difference is looked at: if noise
-as small as that, put on the logits of this place, gives both tokens, it means nothing; any other difference is a fault.
+A run under faults compares a hundred thousand tokens, and meets one or two of these. So such a difference is looked at: if noise as small
+as that, put on the logits of this place, gives both tokens, it means nothing; any other difference is a fault.
 """
 
 from __future__ import annotations

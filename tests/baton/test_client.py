@@ -78,7 +78,7 @@ def test_errors_models_status_and_drain(client: SyncClient) -> None:
     assert client.models()[0].max_model_len == 4096
     assert client.status().ready
     assert client.flush_cache() == client.flush_cache("prefill-0") == 0
-    for call in (lambda: client.drain("nobody", 0), lambda: client.flush_cache("nobody")):
+    for call in (lambda: client.drain("nobody", 0), lambda: client.restore("nobody"), lambda: client.flush_cache("nobody")):
         with pytest.raises(NotFound, match="prefill-0"):
             call()
 

@@ -68,3 +68,12 @@ def test_a_rank_knows_its_place():
     plans = [RankPlan(config=config, role="decode", node="decode-0", rank=rank, threads=1) for rank in range(6)]
     assert [(plan.group, plan.tp_rank) for plan in plans] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert plans[0].num_ranks == 6
+
+
+def test_limits_of_membership_are_in_order() -> None:
+    with pytest.raises(ConfigError, match="suspect_beats 6 must be fewer than dead_beats 6"):
+        load_config(None, {"model": "m", "membership.suspect_beats": 6})
+    with pytest.raises(ConfigError, match="router_gone_s 1 must be at least two beats of 1 s"):
+        load_config(None, {"model": "m", "membership.router_gone_s": 1.0})
+    limits = load_config(None, {"model": "m", "membership.beat_s": 0.5}).membership
+    assert (limits.suspect_s, limits.dead_s) == (1.5, 3.0)

@@ -201,7 +201,7 @@ OPS = st.one_of(
 
 
 @given(st.integers(7, 12), st.lists(OPS, min_size=40, max_size=100))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_block_is_lost_or_rewritten_whatever_happens_in_whatever_order(num_blocks: int, ops: list[Any]) -> None:
     async def play() -> None:
         world = World(num_blocks)

@@ -135,7 +135,7 @@ def test_deadlock_is_found(loop):
 
 def test_livelock_is_found(loop):
     async def work():
-        while True:
+        while True:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
     with pytest.raises(Stuck, match="livelock"):

@@ -14,8 +14,9 @@ RANKS = ("prefill-0/0", "prefill-1/0", "decode-0/0", "decode-1/0")
 def test_kinds_and_targets_are_even():
     faults = plan(80, USUAL, RANKS, 1, 0.1)
     assert set(Counter(fault.kind for fault in faults).values()) == {10}
-    struck = Counter(fault.target for fault in faults if fault.kind in (Kind.KILL, Kind.STOP))
-    assert set(struck) == set(RANKS) and set(struck.values()) == {5}
+    for kind in (Kind.KILL, Kind.STOP):
+        struck = Counter(fault.target for fault in faults if fault.kind is kind)
+        assert set(struck) == set(RANKS) and set(struck.values()) <= {2, 3}
     assert {fault.target for fault in faults if fault.kind not in (Kind.KILL, Kind.STOP)} == {""}
     assert {fault.label for fault in faults if fault.kind is Kind.KILL} == {"kill prefill", "kill decode"}
     assert {fault.hold_s for fault in faults if fault.kind is Kind.STOP} == {STOP_S}
