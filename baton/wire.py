@@ -110,12 +110,18 @@ def _check_sequence(message: node_pb2.SequenceRequest) -> None:
     if not message.prompt_ids:
         raise InvalidRequest(f"sequence {message.request_id[:_MAX_NAME_CHARS]} has no prompt tokens", cause="empty_prompt")
     _refuse_unless(0 < len(message.request_id) <= MAX_REQUEST_ID_CHARS, "request_id", f"has {len(message.request_id)} characters")
-    _refuse_unless(0 <= message.time_left_s <= MAX_TIME_LEFT_S, "time_left_s", f"is {message.time_left_s}")
+    time_left_from_message(message.time_left_s)
     _refuse_unless(max(message.prompt_ids) < ID_LIMIT, "prompt_ids", f"holds {max(message.prompt_ids)}")
     _refuse_unless(max(message.emitted_ids, default=0) < ID_LIMIT, "emitted_ids", f"holds {max(message.emitted_ids, default=0)}")
     _refuse_unless(0 < sampling.max_tokens < ID_LIMIT, "max_tokens", f"is {sampling.max_tokens}")
     _refuse_unless(emitted < sampling.max_tokens, "emitted_ids", f"are {emitted} of at most {sampling.max_tokens}")
     _check_sampling(sampling)
+
+
+def time_left_from_message(seconds: float) -> float:
+    """Seconds that a peer leaves for something; InvalidRequest for what no clock can count."""
+    _refuse_unless(0 <= seconds <= MAX_TIME_LEFT_S, "time_left_s", f"is {seconds}")
+    return seconds
 
 
 def _check_sampling(sampling: node_pb2.ResolvedSampling) -> None:
@@ -133,7 +139,7 @@ def _check_sampling(sampling: node_pb2.ResolvedSampling) -> None:
 def _refuse_unless(good: bool, field: str, fact: str) -> None:
     """NaN is never good: every comparison with it is false."""
     if not good:
-        raise InvalidRequest(f"no sequence can be run whose {field} {fact}", cause="malformed", param=field)
+        raise InvalidRequest(f"nothing can be done for a peer whose {field} {fact}", cause="malformed", param=field)
 
 
 def _sampling_to_message(sampling: types.Sampling) -> node_pb2.ResolvedSampling:

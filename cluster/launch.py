@@ -221,8 +221,7 @@ async def launch(config: BatonConfig, say: Say, *, detached: bool = False, cores
 
 
 def _report(node: Node, care: Care) -> NodeReport:
-    # What retires is still what the router knows it as, drained: only once its processes have ended is there something to say.
-    stage = {NodeState.RETIRING: "serving", NodeState.GONE: "retired"}.get(care.state, care.state.value)
+    stage = "retired" if care.state is NodeState.GONE else care.state.value
     return NodeReport(node.name, node.ask.role, cast(Reported, stage), care.why, care.lives)
 
 

@@ -25,6 +25,7 @@ from baton.errors import BatonError, DeadlineExceeded, InternalError, Unavailabl
 from kv_transfer.transport import Ticket
 
 T = TypeVar("T")
+MAX_PATIENCE_S = 3600.0  # between two looks at the clock: a selector cannot wait for just any number of seconds
 READ = selectors.EVENT_READ
 WRITE = selectors.EVENT_WRITE
 
@@ -158,7 +159,7 @@ class TransferThread:
     def _patience_s(self) -> float | None:
         if self._work or self._calls:
             return 0
-        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
+        return min(max(0.0, self._timers[0][0] - time.monotonic()), MAX_PATIENCE_S) if self._timers else None
 
     def _woken(self, _: int) -> None:
         os.eventfd_read(self._wake_fd)

@@ -12,6 +12,7 @@ from baton.deadline import Deadline
 from baton.errors import BatonError, InvalidRequest, NodeLost
 from baton.rpc import ERROR_TRAILER, abort, open_channel, to_error
 from baton.v1 import node_pb2, rank_pb2, rank_pb2_grpc
+from baton.wire import time_left_from_message
 from kv_transfer.client import export_of
 from kv_transfer.server import export_message
 from kv_transfer.transport import Export
@@ -70,7 +71,8 @@ class RankService(rank_pb2_grpc.RankControlServicer):
     async def Read(self, request: rank_pb2.ReadRequest, context: grpc.aio.ServicerContext) -> rank_pb2.ReadReply:  # type: ignore[type-arg]
         """See proto."""
         try:
-            return rank_pb2.ReadReply(bytes_read=await self._side.read(_order(request), Deadline.after(request.time_left_s)))
+            deadline = Deadline.after(time_left_from_message(request.time_left_s))
+            return rank_pb2.ReadReply(bytes_read=await self._side.read(_order(request), deadline))
         except BatonError as error:
             await abort(context, error)
 

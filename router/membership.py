@@ -11,7 +11,7 @@ from typing import Literal
 
 from baton.lifecycle import Lifecycle
 
-Stage = Literal["placing", "starting", "loading", "serving", "broken", "waiting", "retired"]
+Stage = Literal["placing", "starting", "loading", "serving", "broken", "waiting", "retiring", "retired"]
 
 
 class GroupState(enum.StrEnum):
@@ -108,7 +108,7 @@ class NodeReport:
     @property
     def coming(self) -> bool:
         """Whether the node is on its way (back) into service."""
-        return self.stage not in ("serving", "retired")
+        return self.stage not in ("serving", "retiring", "retired")
 
     @property
     def said(self) -> str:
@@ -116,5 +116,5 @@ class NodeReport:
         if self.stage == "serving":
             return ""
         built = "is being rebuilt" if self.lives > 1 or self.why else "is being built"
-        words = {"broken": "is broken", "waiting": "waits to be rebuilt", "retired": "is retired"}.get(self.stage, f"{built}: {self.stage}")
+        words = {"broken": "is broken", "waiting": "waits to be rebuilt", "retiring": "is being taken down", "retired": "is retired"}.get(self.stage, f"{built}: {self.stage}")
         return f"{self.node} {words}" + (f" ({self.why})" if self.why else "")

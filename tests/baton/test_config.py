@@ -1,5 +1,6 @@
 """What an operator may write, and how a mistake is named."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ def test_sizes(size, num_bytes):
     assert parse_bytes(size) == num_bytes
 
 
-@pytest.mark.parametrize("size", ["", "lots", "1 PB", "-1MiB", "1MiB2"])
+@pytest.mark.parametrize("size", ["", "lots", "1 PB", "-1MiB", "1MiB2", None, 1.5, [1], "\u0661MiB", "9" * 5000])
 def test_what_is_no_size(size):
     with pytest.raises(ValueError, match="is not a size"):
         parse_bytes(size)
@@ -27,6 +28,10 @@ def test_what_is_no_size(size):
         ({"decode.zzz": 1}, "decode.zzz: unknown setting; known here: nodes, dp"),
         ({"kv_memory": "lots"}, "kv_memory: .*'lots' is not a size"),
         ({"kv_memory": 0}, "kv_memory: .*greater than 0 .given: 0."),
+        ({"kv_memory": None}, "kv_memory: .*None is not a size"),
+        ({"router.timeout_s": math.inf}, "router.timeout_s: .*finite number"),
+        ({"router.host": ["x" * 9999] * 9999}, "router.host: .*valid string .given: .'xxxxxxxxxxxx\\.\\.\\."),
+        ({"router.api_keys": [1] * 99}, "router.api_keys.19: .*\n  and 79 more$"),
         ({"router.host": "0.0.0.0"}, "router.host 0.0.0.0 is not loopback"),
         ({"router.api_keys": ("good", "")}, "router.api_keys.1: .*at least 1 character"),
         ({"prefill": 3, "prefill.tp": 2}, "prefill must be a mapping of settings, not 3"),
@@ -38,7 +43,14 @@ def test_mistakes_are_named(settings, said):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("[1]", "must hold a mapping"), ("a: [", "is not valid YAML"), ("\udcff", "is not valid YAML")]
+    ("content", "said"),
+    [
+        ("[1]", "must hold a mapping"),
+        ("a: [", "is not valid YAML"),
+        ("\udcff", "is not valid YAML"),
+        ("a: 0000-00-00", "is not valid YAML: year 0"),
+        ("a: " + "[" * 2000, "is nested too deeply"),
+    ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: str, said: str):
     path = tmp_path / "cluster.yaml"

@@ -132,6 +132,7 @@ def siblings(cluster: Cluster, groups: tuple[Group, ...]) -> list[Group]:
         (NodeReport("decode-1", "decode", "loading", "rank 0 died", 2), "decode-1 is being rebuilt: loading (rank 0 died)", True),
         (NodeReport("decode-1", "decode", "broken", "rank 0 died"), "decode-1 is broken (rank 0 died)", True),
         (NodeReport("decode-1", "decode", "waiting", "no weights"), "decode-1 waits to be rebuilt (no weights)", True),
+        (NodeReport("decode-1", "decode", "retiring"), "decode-1 is being taken down", False),
         (NodeReport("decode-1", "decode", "retired"), "decode-1 is retired", False),
     ],
 )
