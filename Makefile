@@ -18,7 +18,7 @@ PIP := -m pip --disable-pip-version-check install -qq
 .DEFAULT_GOAL := check
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: setup proto lifecycles format format-check lint types check test test-full demo bench-w8a8 bench-chaos clean
+.PHONY: setup proto lifecycles format format-check lint types check test test-full fuzz demo bench-w8a8 bench-chaos clean
 
 setup: $(READY)
 
@@ -74,6 +74,10 @@ ifneq ($(shell grep -rlE 'mark\.slow\b' tests --include='*.py'),)
 else
 	@echo "no test is marked slow yet"
 endif
+
+# Every parser that faces a socket or a file, a hundred times as hard as in make check: an hour or two.
+fuzz: $(READY)
+	$(BIN)/python -m pytest --hypothesis-profile=long --timeout 0 tests/fuzz
 
 demo: $(READY)
 	@$(BIN)/python -m cluster.demo

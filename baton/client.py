@@ -19,7 +19,7 @@ import grpc
 
 from baton.errors import InternalError, InvalidRequest
 from baton.request import Chunk, FinishReason, GenerateRequest, Prompt, SamplingAsked, TokenLogprob, Usage
-from baton.rpc import open_channel, open_sync_channel, to_error
+from baton.rpc import open_channel, open_sync_channel, to_error, understood
 from baton.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from baton.wire import chunk_from_message, generate_request_to_message
 
@@ -106,7 +106,7 @@ class Client:
         call = self._inference.Generate(_message(request), timeout=request.timeout_s, metadata=self._metadata)
         try:
             async for message in call:
-                yield chunk_from_message(message)
+                yield chunk_from_message(understood(message))
         except grpc.RpcError as error:
             raise to_error(error) from error
         finally:
@@ -123,7 +123,7 @@ class Client:
             reply = await self._inference.Models(inference_pb2.ModelsRequest(), timeout=ADMIN_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise to_error(error) from error
-        return _models(reply)
+        return _models(understood(reply))
 
     async def status(self) -> admin_pb2.StatusReply:
         """Groups, pairs and counts."""
@@ -133,7 +133,7 @@ class Client:
             )
         except grpc.RpcError as error:
             raise to_error(error) from error
-        return reply
+        return understood(reply)
 
     async def drain(self, node: str, timeout_s: float, *, retire: bool = False) -> admin_pb2.DrainReply:
         """Send no new work to a node; what is there after timeout_s goes on elsewhere. retire: once it is idle, end its processes.
@@ -145,7 +145,7 @@ class Client:
             reply: admin_pb2.DrainReply = await self._admin.Drain(request, timeout=timeout_s + ADMIN_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise to_error(error) from error
-        return reply
+        return understood(reply)
 
     async def restore(self, node: str) -> None:
         """Take a drained or retired node back into service; a retired one is built anew, which is not waited for."""
@@ -161,7 +161,7 @@ class Client:
             reply = await self._admin.FlushCache(request, timeout=ADMIN_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise to_error(error) from error
-        return int(reply.blocks)
+        return int(understood(reply).blocks)
 
 
 class SyncClient:
@@ -203,9 +203,10 @@ class SyncClient:
     def models(self) -> tuple[Model, ...]:
         """What the cluster serves."""
         try:
-            return _models(self._inference.Models(inference_pb2.ModelsRequest(), timeout=ADMIN_TIMEOUT_S, metadata=self._metadata))
+            reply = self._inference.Models(inference_pb2.ModelsRequest(), timeout=ADMIN_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise to_error(error) from error
+        return _models(understood(reply))
 
     def status(self) -> admin_pb2.StatusReply:
         """Groups, pairs and counts."""
@@ -213,7 +214,7 @@ class SyncClient:
             reply: admin_pb2.StatusReply = self._admin.Status(admin_pb2.StatusRequest(), timeout=ADMIN_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise to_error(error) from error
-        return reply
+        return understood(reply)
 
     def drain(self, node: str, timeout_s: float, *, retire: bool = False) -> admin_pb2.DrainReply:
         """As Client.drain."""
@@ -222,7 +223,7 @@ class SyncClient:
             reply: admin_pb2.DrainReply = self._admin.Drain(request, timeout=timeout_s + ADMIN_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise to_error(error) from error
-        return reply
+        return understood(reply)
 
     def restore(self, node: str) -> None:
         """As Client.restore."""
@@ -235,9 +236,10 @@ class SyncClient:
         """Forget cached prefixes that no sequence uses, on a node or ("") on all; how many blocks are free now that were not."""
         request = admin_pb2.FlushCacheRequest(node=node)
         try:
-            return int(self._admin.FlushCache(request, timeout=ADMIN_TIMEOUT_S, metadata=self._metadata).blocks)
+            reply = self._admin.FlushCache(request, timeout=ADMIN_TIMEOUT_S, metadata=self._metadata)
         except grpc.RpcError as error:
             raise to_error(error) from error
+        return int(understood(reply).blocks)
 
 
 def connect(address: str, api_key: str | None = None) -> SyncClient:

@@ -6,12 +6,13 @@ status and an ErrorDetail, and what is turned away is counted.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -148,6 +149,7 @@ class Health:
             await self._servicer.set(service, status)
 
 
+Reply = TypeVar("Reply")
 Behaviour = Callable[[Any, Any], Awaitable[Any]]
 Handler = Any  # grpc.RpcMethodHandler, which only type stubs know the parameters of
 _OURS = "/baton."
@@ -188,20 +190,27 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def behind_the_door(request: Any, context: Any) -> Any:
             try:
-                if isinstance(request, _Malformed):
-                    raise request.error
-                with self._call(counted):
-                    return await behaviour(request, context)
-            except BatonError as error:
-                self._count(error.status, error.cause, error.message)
-                await abort(context, error)
-            except grpc.aio.AbortError:
-                detail = _detail_in(context.trailing_metadata()) or ErrorDetail(cause="refused")
-                self._count(context.code().name, detail.cause, context.details())
-                raise
+                return await self._carried_out(behaviour, request, context, counted)
+            except grpc.aio.InternalError as error:
+                # A write to a peer that has just hung up; where the news of that is slower, gRPC would log it as a bug of the method's.
+                raise asyncio.CancelledError from error
 
         make = _MAKE[handler.request_streaming, handler.response_streaming]
         return make(behind_the_door, _decoder(handler), handler.response_serializer)
+
+    async def _carried_out(self, behaviour: Behaviour, request: Any, context: Any, counted: bool) -> Any:
+        try:
+            if isinstance(request, _Malformed):
+                raise request.error
+            with self._call(counted):
+                return await behaviour(request, context)
+        except BatonError as error:
+            self._count(error.status, error.cause, error.message)
+            await abort(context, error)
+        except grpc.aio.AbortError:
+            detail = _detail_in(context.trailing_metadata()) or ErrorDetail(cause="refused")
+            self._count(context.code().name, detail.cause, context.details())
+            raise
 
     @contextmanager
     def _call(self, counted: bool) -> Iterator[None]:
@@ -267,6 +276,15 @@ def _cut(text: str, most_bytes: int) -> str:
     """The text, or the start of it and an ellipsis, in at most so many bytes of UTF-8."""
     raw = text.encode()
     return text if len(raw) <= most_bytes else raw[: most_bytes - len("…".encode())].decode(errors="ignore") + "…"
+
+
+def understood(reply: Reply | None, node: str = "") -> Reply:
+    """What a peer said. Incompatible if it said nothing, or what cannot be read: gRPC puts None in the place of both."""
+    if reply is None:
+        raise Incompatible(
+            "the peer sends bytes that are not the message expected here; does it speak baton.v1?", node=node, cause="malformed"
+        )
+    return reply
 
 
 def to_error(error: grpc.RpcError, *, stage: str = "", node: str = "") -> BatonError:

@@ -16,6 +16,8 @@ from baton.v1 import inference_pb2, node_pb2
 
 ID_LIMIT = 2**31  # token ids and counts of tokens are below it
 MAX_REQUEST_ID_CHARS = 1024
+MAX_SEQUENCE_TOKENS = 2**23
+MAX_CHAT_MESSAGES = 2**14
 MAX_STOP_IDS = 4096
 MAX_NUM_LOGPROBS = 64
 MAX_TIME_LEFT_S = 1e9
@@ -110,6 +112,7 @@ def _check_sequence(message: node_pb2.SequenceRequest) -> None:
     if not message.prompt_ids:
         raise InvalidRequest(f"sequence {message.request_id[:_MAX_NAME_CHARS]} has no prompt tokens", cause="empty_prompt")
     _refuse_unless(0 < len(message.request_id) <= MAX_REQUEST_ID_CHARS, "request_id", f"has {len(message.request_id)} characters")
+    _refuse_unless(len(message.prompt_ids) <= MAX_SEQUENCE_TOKENS, "prompt_ids", f"are {len(message.prompt_ids)}")
     time_left_from_message(message.time_left_s)
     _refuse_unless(max(message.prompt_ids) < ID_LIMIT, "prompt_ids", f"holds {max(message.prompt_ids)}")
     _refuse_unless(max(message.emitted_ids, default=0) < ID_LIMIT, "emitted_ids", f"holds {max(message.emitted_ids, default=0)}")
@@ -260,9 +263,12 @@ def _prompt_from_message(message: inference_pb2.GenerateRequest) -> types.Prompt
         case "text":
             return types.Prompt(text=message.text)
         case "token_ids":
+            count = len(message.token_ids.ids)
+            _refuse_unless(count <= MAX_SEQUENCE_TOKENS, "token_ids", f"are {count}, of at most {MAX_SEQUENCE_TOKENS}")
             return types.Prompt(token_ids=tuple(message.token_ids.ids))
         case "chat":
             chat = message.chat
+            _refuse_unless(len(chat.messages) <= MAX_CHAT_MESSAGES, "messages", f"are {len(chat.messages)}, of at most {MAX_CHAT_MESSAGES}")
             wanted = chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True
             messages = tuple({"role": item.role, "content": item.content} for item in chat.messages)
             return types.Prompt(messages=messages, add_generation_prompt=wanted)

@@ -141,9 +141,11 @@ class Intake:
     def cancel(self, key: Key) -> bool:
         """The sequence is given up. Whether its blocks may still be written: until `pull_failed`, which then comes, or for ever."""
         pull = self._pulls.get(key)
-        if pull is None or pull.task is None or not pull.life.yields:
+        if pull is None or pull.task is None:
             return False
-        return pull.task.cancel()
+        if pull.life.yields:
+            return pull.task.cancel()
+        return pull.life.state is PullState.LOST
 
     def _ended(self, pull: _UnderWay, task: asyncio.Task[None]) -> None:
         if self._pulls.get(pull.key) is pull:
@@ -168,7 +170,6 @@ class Intake:
         try:
             await self._pull(pull)
         except Unacknowledged as error:
-            pull.life.on(PullEvent.UNACKNOWLEDGED)
             self._listener.pull_lost(pull.key, error)
         except BatonError as error:
             self._failed(pull, error)
@@ -187,8 +188,15 @@ class Intake:
         self._listener.pull_failed(pull.key, error)
 
     def _cancelled(self, pull: _UnderWay) -> None:
-        pull.life.on(PullEvent.QUIESCED if pull.life.state is PullState.DRAINING else PullEvent.CANCEL)
-        if pull.life.state is PullState.CANCELLED:
+        """Cancelled while no read is under way: wherever it awaits, or while it leaves the stream after one that ended badly."""
+        life = pull.life
+        if life.state is PullState.LOST:
+            self._listener.pull_lost(pull.key, Unacknowledged("a read has not ended in its time", stage="pull"))
+            return
+        if life.state is PullState.READING:
+            life.on(PullEvent.CANCEL)
+        life.on(PullEvent.QUIESCED if life.state is PullState.DRAINING else PullEvent.CANCEL)
+        if life.state is PullState.CANCELLED:
             self._listener.pull_failed(pull.key, Cancelled("the pull was cancelled", stage="pull"))
 
     async def _pull(self, pull: _UnderWay) -> None:
@@ -237,6 +245,9 @@ class Intake:
                     life.on(PullEvent.CANCEL)
         if not reading.done() or reading.cancelled():
             self._unanswered.append(reading)
+            life.on(PullEvent.UNACKNOWLEDGED)
             raise Unacknowledged("a read has not ended in its time", stage="pull")
-        if life.state is PullState.DRAINING and not isinstance(reading.exception(), Unacknowledged):
+        if isinstance(reading.exception(), Unacknowledged):
+            life.on(PullEvent.UNACKNOWLEDGED)
+        elif life.state is PullState.DRAINING:
             raise asyncio.CancelledError

@@ -5,6 +5,8 @@ Decisions are the scheduler's; this class carries them out. Knows no messages an
 
 from __future__ import annotations
 
+import asyncio
+
 from baton.engine.batch import Batch, Sampled
 from baton.engine.blocks import BlockPool
 from baton.errors import BatonError, Cancelled, NodeLost, ResourceExhausted
@@ -54,6 +56,7 @@ class DecodeLeader:
             vocab_size=host.vocab_size,
         )
         self.drive = Drive(host.step, host.wake_others, self)
+        self._admitting: asyncio.Handle | None = None
 
     # What the router asks.
 
@@ -90,6 +93,9 @@ class DecodeLeader:
 
     def _admit(self) -> None:
         """Let in what fits. Blocks that became free may also be what a running sequence waits for: so the drive looks again."""
+        if self._admitting is not None:
+            self._admitting.cancel()
+            self._admitting = None
         for admitted in self.scheduler.admit():
             entry = self.desk.get(admitted.request.key)
             assert entry is not None, "the scheduler knows only what is on the desk"
@@ -98,6 +104,14 @@ class DecodeLeader:
                 entry.session.flush()
                 self.intake.begin(admitted, entry.facts, entry.deadline)
         self.drive.poke()
+
+    def _admit_soon(self) -> None:
+        """Let in what fits, once for all that end in this turn of the loop.
+
+        When a router is lost that may be everybody, and who waits must not be let in only to be ended next.
+        """
+        if self._admitting is None:
+            self._admitting = asyncio.get_running_loop().call_soon(self._admit)
 
     # What the intake says (see PullListener).
 
@@ -119,7 +133,7 @@ class DecodeLeader:
             error = NodeLost(f"the pull was cut off: {error.message}", stage="pull", node=self._name)
         self._end(key, error)
         self.scheduler.quiesced(key)
-        self._admit()
+        self._admit_soon()
 
     def pull_lost(self, key: Key, error: BatonError) -> None:
         """The sequence is over, but its blocks stay in quarantine until the processes that may write them are gone: the node fails."""
@@ -161,7 +175,7 @@ class DecodeLeader:
         """End one attempt; blocks that a pull may still write are quarantined until it has ended."""
         if self._refuse(key, error):
             self.scheduler.cancel(key, quarantine=self.intake.cancel(key))
-            self._admit()
+            self._admit_soon()
 
     def _refuse(self, key: Key, error: BatonError) -> bool:
         """Forget an attempt and tell its router why, unless it cancelled it; False if it is not on the desk (any more)."""

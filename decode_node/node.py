@@ -12,7 +12,6 @@ from decode_node.leader import DecodeLeader
 from decode_node.reader import GroupReader, RankReader
 from decode_node.service import SERVICES, add_services
 from kv_transfer.reader import Reader
-from kv_transfer.thread import TransferThread
 from kv_transfer.transport import Export
 from ranks.drive import Drive
 from ranks.facts import RankCounts, ReadOrder
@@ -26,8 +25,7 @@ class DecodeNode:
     def __init__(self, host: RankHost) -> None:
         plan = host.plan
         self._host = host
-        thread = TransferThread()
-        host.on_close(thread.close)
+        thread = host.start_transfers(lambda error: self.drive.fail(error))
         reader = Reader(
             thread,
             host.pool.data,
@@ -40,7 +38,7 @@ class DecodeNode:
         add_rank_service(host.server, self)
         host.services.append(RANK_SERVICE)
         self._leader = DecodeLeader(host, GroupReader(self._reader, host.followers)) if plan.tp_rank == 0 else None
-        self.drive = self._leader.drive if self._leader else Drive(host.step, host.wake_others, None)
+        self.drive: Drive = self._leader.drive if self._leader else Drive(host.step, host.wake_others, None)
         if self._leader:
             add_services(host.server, self._leader)
             host.services += SERVICES

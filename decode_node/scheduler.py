@@ -200,7 +200,9 @@ class DecodeScheduler:
             failed = part.sampled_row in sampled.failed_rows
             entry.in_step = False
             entry.sequence.num_computed = part.end
-            if not failed:  # else what it wrote must not reach others through the tree
+            if failed:
+                entry.sequence.distrust(self._pool)
+            else:
                 entry.sequence.enter_tree(self._pool)
             if entry.stage is Stage.ENDING:
                 self._end(entry, SequenceEvent.STEP_DONE)

@@ -49,10 +49,12 @@ class Timer:
 class TransferThread:
     """Starts with the object, ends with `close` (or with a bug: `failure` then says which, and every read fails with it).
 
+    failed: told of that failure, on this thread: whoever lives on without it can neither read nor be read.
     `post`, `run`, `ticket` and `close` may be called from any thread, everything else only on this one.
     """
 
-    def __init__(self, name: str = "baton-transfer") -> None:
+    def __init__(self, name: str = "baton-transfer", *, failed: Callable[[BatonError], object] | None = None) -> None:
+        self._failed = failed
         self.failure: BatonError | None = None
         self._lock = threading.Lock()
         self._calls: deque[Callable[[], None]] = deque()
@@ -143,6 +145,8 @@ class TransferThread:
                 self._turn()
         except BaseException as error:
             self.failure = InternalError(f"the transfer thread failed: {error!r}", stage="pull")
+            if self._failed is not None:
+                self._failed(self.failure)
             raise
         finally:
             self._finish()

@@ -9,7 +9,6 @@ from typing import NoReturn
 from baton.deadline import Deadline
 from baton.errors import BatonError, InvalidRequest
 from kv_transfer.source import SourceRank
-from kv_transfer.thread import TransferThread
 from kv_transfer.transport import Export
 from prefill_node.leader import PrefillLeader
 from prefill_node.service import SERVICES, add_services
@@ -25,8 +24,7 @@ class PrefillNode:
     def __init__(self, host: RankHost) -> None:
         config = host.plan.config.transfer
         self._host = host
-        thread = TransferThread()
-        host.on_close(thread.close)
+        thread = host.start_transfers(lambda error: self.drive.fail(error))
         self._source = SourceRank(
             thread,
             host.pool,
@@ -40,7 +38,7 @@ class PrefillNode:
         add_rank_service(host.server, self)
         host.services.append(RANK_SERVICE)
         self._leader = PrefillLeader(host) if host.plan.tp_rank == 0 else None
-        self.drive = self._leader.drive if self._leader else Drive(host.step, host.wake_others, None)
+        self.drive: Drive = self._leader.drive if self._leader else Drive(host.step, host.wake_others, None)
         if self._leader:
             add_services(host.server, self._leader)
             host.services += SERVICES

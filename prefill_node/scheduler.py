@@ -242,7 +242,8 @@ class PrefillScheduler:
             prompt = chunk.prompt
             prompt.in_step = False
             prompt.sequence.num_computed = chunk.end
-            if chunk.sampled_row in sampled.failed_rows:  # what it wrote must not reach others through the tree
+            if chunk.sampled_row in sampled.failed_rows:
+                prompt.sequence.distrust(self._pool)
                 failed += [prompt.sequence.request.key] if prompt.stage is Stage.RUNNING else []
                 self._end(prompt)
                 continue

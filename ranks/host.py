@@ -5,6 +5,7 @@ Here (and in the nodes) engine and kv_transfer meet. Knows no requests; what a r
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import secrets
@@ -21,9 +22,11 @@ from baton.engine.parallel import Groups, Rendezvous
 from baton.engine.rank import Rank, set_threads
 from baton.engine.runner import Runner, StepOutcome
 from baton.engine.spec import ModelSpec
+from baton.errors import BatonError
 from baton.request import BlockCounts
 from baton.rpc import Health, bind, make_server
 from kv_transfer.pool import Pool
+from kv_transfer.thread import TransferThread
 from kv_transfer.transport import Export
 from ranks.capacity import capacity
 from ranks.facts import GroupHello, LoadProgress, RankAddress, RankCounts
@@ -223,6 +226,13 @@ class RankHost:
         """End everything; a step under way ends by itself (its collectives have a timeout, and are broken off by closing them)."""
         self._step_thread.close()
         await self._closing.aclose()
+
+    def start_transfers(self, failed: Callable[[BatonError], None]) -> TransferThread:
+        """Start the rank's transfer thread, ended with the rank. failed: told here, on the loop, if a bug ends it before."""
+        loop = asyncio.get_running_loop()
+        thread = TransferThread(failed=lambda error: loop.call_soon_threadsafe(failed, error))
+        self.on_close(thread.close)
+        return thread
 
     def on_close(self, callback: Callable[[], object]) -> None:
         """Have something ended with the rank, before what was there earlier."""

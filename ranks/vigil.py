@@ -12,7 +12,7 @@ from typing import Protocol
 
 from baton.config import MembershipConfig
 from baton.deadline import Deadline
-from baton.errors import BatonError, NodeLost
+from baton.errors import BatonError, InternalError, NodeLost
 from ranks.drive import Drive
 from ranks.silence import Silence, beats_in
 
@@ -42,11 +42,13 @@ class Vigil:
         self._membership = membership
 
     async def run(self) -> None:
-        """Watch; returns when the drive was failed."""
+        """Watch; returns when the drive was failed, which a bug in here does too: a rank that nobody watches must not go on."""
         watches = [asyncio.create_task(self._watch_steps()), *(asyncio.create_task(self._watch_peer(peer)) for peer in self._peers)]
         try:
             done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
-            self._drive.fail(next(iter(done)).result())
+            first = next(iter(done))
+            bug = first.exception()
+            self._drive.fail(InternalError(f"the watch over {self._name} has failed: {bug!r}") if bug else first.result())
         finally:
             for watch in watches:
                 watch.cancel()

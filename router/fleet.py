@@ -53,6 +53,7 @@ class Fleet:
         self.incarnation = self.chance.randbytes(16)
         self._links: dict[str, NodeLink] = {}
         self._carriers: dict[str, Carrier] = {}
+        self._abandoned: BatonError | None = None
         self._changed = asyncio.Event()
         self._swept_s = 0.0
         self._sweeping: asyncio.Task[None] | None = None
@@ -110,12 +111,15 @@ class Fleet:
             link.cancel(request_id, attempt, reason)
 
     def enter(self, request_id: str, carrier: Carrier) -> None:
-        """From now on `carrier` hears what nodes say about the sequence."""
+        """From now on `carrier` hears what nodes say about the sequence. Raises what ended all others, if that has been."""
+        if self._abandoned is not None:
+            raise self._abandoned
         assert request_id not in self._carriers, f"{request_id} is already under way"
         self._carriers[request_id] = carrier
 
     def abandon_all(self, error: BatonError) -> None:
-        """End every sequence and every flush under way with `error`."""
+        """End every sequence and every flush under way with `error`; no other begins."""
+        self._abandoned = error
         for carrier in tuple(self._carriers.values()):
             carrier.abandon(error)
         self.flushes.abandon(error)
@@ -255,7 +259,7 @@ class Fleet:
         link.give_up(error)
         self.notices.put(Notice("condemn", group.node, group.address, error.message))
         self._forget(group, link, error)
-        self.hand_over(sibling for sibling in self.registry.siblings(group) if sibling.held_by)
+        self.hand_over(sibling for sibling in self.registry.of(group.node) if sibling.held_by)
 
     def _met(self, group: Group, hello: Hello, load: GroupLoad) -> None:
         self.registry.joined(group, hello, load)

@@ -116,5 +116,7 @@ class NodeReport:
         if self.stage == "serving":
             return ""
         built = "is being rebuilt" if self.lives > 1 or self.why else "is being built"
-        words = {"broken": "is broken", "waiting": "waits to be rebuilt", "retiring": "is being taken down", "retired": "is retired"}.get(self.stage, f"{built}: {self.stage}")
+        words = {"broken": "is broken", "waiting": "waits to be rebuilt", "retiring": "is being taken down", "retired": "is retired"}.get(
+            self.stage, f"{built}: {self.stage}"
+        )
         return f"{self.node} {words}" + (f" ({self.why})" if self.why else "")

@@ -7,6 +7,7 @@ comes out as plain `Heard` values through a `Listener`; what the router says goe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -263,9 +264,10 @@ class NodeLink:
 
     async def _write(self, call: Call, stream: _Stream) -> None:
         greeting = node_pb2.RouterHello(protocol_version=PROTOCOL_VERSION, router_incarnation=self._router_incarnation)
-        await call.write(self._command(hello=greeting))
-        while True:
-            await call.write(await stream.outbox.get())
+        with contextlib.suppress(asyncio.InvalidStateError):  # it is over already: whoever reads it hears why
+            await call.write(self._command(hello=greeting))
+            while True:
+                await call.write(await stream.outbox.get())
 
     async def _beat(self, stream: _Stream) -> None:
         number = 0

@@ -200,10 +200,6 @@ class Registry:
         """Pairs that a client's request may be sent through now."""
         return (pair for pair in self.pairs() if pair.usable)
 
-    def siblings(self, group: Group) -> tuple[Group, ...]:
-        """The other groups of a group's node."""
-        return tuple(other for other in self._groups.values() if _node(other) == _node(group) and other.number != group.number)
-
     def complete(self) -> bool:
         """Whether a pair of two groups is usable, or a decode group alone in a cluster without prefill: what a launch waits for."""
         return any(pair.usable for pair in self._wanted())
@@ -226,8 +222,7 @@ class Registry:
         """
         refusals = [pair.refusal for pair in self.pairs()]
         if refusals and all(refusals) and not self._coming():
-            reasons = _listed(refusals)
-            raise Unavailable(f"no two nodes can work together: {reasons}", stage="router", cause="incompatible", retryable=False)
+            raise Unavailable(f"no two nodes can work together: {_listed(refusals)}", stage="router", cause="incompatible", retryable=False)
 
     def check_provable(self) -> None:
         """Raise Unavailable, with the reasons, if every pair is refused or keeps failing its proof in a way that does not pass."""
@@ -265,6 +260,7 @@ class Registry:
         """Forget a group and its pairs."""
         if address in self._groups:
             self._step(self._groups.pop(address), GroupEvent.REMOVE)
+        self._drained.pop(address, None)  # of one that has never said its name: another may come to this address
         self._alone.pop(address, None)
         self._pairs = {key: pair for key, pair in self._pairs.items() if address not in key}
 
@@ -319,8 +315,16 @@ class Registry:
         """Take the wish to drain a node back; returns its groups."""
         return self._wish(node, drained=False)
 
+    def drained(self, node: str) -> bool:
+        """Whether the wish to drain a node stands."""
+        return node in self._drained
+
+    def of(self, node: str) -> tuple[Group, ...]:
+        """The groups of a node, in its present life and, for a moment, in the one before."""
+        return tuple(group for group in self._groups.values() if group.node == node)
+
     def _wish(self, node: str, drained: bool) -> tuple[Group, ...]:
-        found = tuple(group for group in self._groups.values() if group.node == node)
+        found = self.of(node)
         self._drained.pop(node, None)
         if drained and (found or node in self.reports):
             self._drained[node] = None

@@ -15,7 +15,19 @@ from baton.deadline import Deadline, now_s
 from baton.errors import BatonError, DeadlineExceeded, InternalError, NodeLost, Unavailable
 from baton.request import SequenceRequest, TokenEvent
 from baton.telemetry import fields
-from router.failures import MAX_BUGS, UNKNOWN_ATTEMPT, Failure, casts_doubt, is_bug, lease_gone, says_full, worth_another
+from router.failures import (
+    MAX_BUGS,
+    MAX_LOSSES,
+    UNKNOWN_ATTEMPT,
+    Failure,
+    casts_doubt,
+    final,
+    is_bug,
+    is_loss,
+    lease_gone,
+    says_full,
+    worth_another,
+)
 from router.fleet import Fleet
 from router.life import Delivery, Dispatch, Loss, SequenceLife
 from router.passage import Passage, Told
@@ -61,7 +73,7 @@ class Relay:
         self._avoid: set[Group] = set()
         self._full: set[Group] = set()
         self._num_failures = 0
-        self._num_bugs = 0
+        self._num_bugs = self._num_losses = 0
         self._limit: asyncio.Timeout | None = None
         self._verdict: BatonError | None = None
 
@@ -92,7 +104,7 @@ class Relay:
 
     def abandon(self, error: BatonError) -> None:
         """The router goes: `run` raises `error` now, wherever it waits."""
-        if self._limit is not None and self._verdict is None:
+        if self._limit is not None and not self._limit.expired() and self._verdict is None:
             self._verdict = error
             self._limit.reschedule(now_s())
 
@@ -262,8 +274,10 @@ class Relay:
         self.life.setback()
         self._told.cancel_all(f"retry after {failure.error.cause}")
         self._doubt(passage, failure.error)
-        if self._only or not self._may_go_on(failure.error):
+        if self._only:
             raise failure.error
+        if not self._may_go_on(failure.error):
+            raise final(failure.error)
         if says_full(failure.error):
             self._full.add(failure.group)
             if not self._has_answered and self._fleet.choose(self._num_tokens(), without=self._full) is None:
@@ -294,7 +308,9 @@ class Relay:
         return self.life.num_emitted > 0 or self._answered()
 
     def _may_go_on(self, error: BatonError) -> bool:
-        return worth_another(error) and not (is_bug(error) and self._num_bugs >= MAX_BUGS)
+        if is_bug(error):
+            return self._num_bugs < MAX_BUGS
+        return worth_another(error) and not (is_loss(error) and self._num_losses + 1 >= MAX_LOSSES)
 
     def _doubt(self, passage: Passage, error: BatonError) -> None:
         """Have the pair proven again, if these lives of it have failed, and not merely for want of time: then the deadline has passed."""
@@ -310,7 +326,7 @@ class Relay:
     def _served(self, group: Group) -> None:
         """Remember who served. Once decode makes progress, whoever was full may not be; prefill's one token says nothing about that."""
         if group.role is Role.DECODE:
-            self._num_failures = self._num_bugs = 0
+            self._num_failures = self._num_bugs = self._num_losses = 0
             self._full.clear()
         if group.name not in self.served_by:
             self.served_by += (group.name,)
@@ -329,6 +345,7 @@ class Relay:
     def _note_retry(self, failure: Failure) -> None:
         error = failure.error
         self._num_bugs += is_bug(error)
+        self._num_losses += is_loss(error)
         if not self._only:
             self._fleet.metrics.retry(error.cause)
         log.warning(

@@ -97,12 +97,20 @@ class PromptList:
         return isinstance(self.items[0], str)
 
 
+def _few(value: object) -> object:
+    """A list that is short enough to be looked at: pydantic would explain what is wrong with every item."""
+    if isinstance(value, list) and len(value) > MAX_ITEMS:
+        raise ValueError(f"must have at most {MAX_ITEMS} items (given: {len(value)})")
+    return value
+
+
 def _prompts(value: object) -> PromptList:
     if isinstance(value, str):
         return PromptList((value,))
     if isinstance(value, list) and value:
         if all(type(item) is int for item in value):
             return PromptList((_token_ids(value),))
+        _few(value)
         if all(isinstance(item, str) for item in value):
             return PromptList(tuple(value), is_list=True)
         if all(isinstance(item, list) and item and all(type(i) is int for i in item) for item in value):
@@ -114,13 +122,6 @@ def _token_ids(value: list[int]) -> tuple[int, ...]:
     if min(value) < 0 or max(value) >= 2**31:
         raise ValueError(f"token ids must be 0 … 2147483647 (given: {min(value)} … {max(value)})")
     return tuple(value)
-
-
-def _few(value: object) -> object:
-    """A list that is short enough to be looked at: pydantic would explain what is wrong with every item."""
-    if isinstance(value, list) and len(value) > MAX_ITEMS:
-        raise ValueError(f"must have at most {MAX_ITEMS} items (given: {len(value)})")
-    return value
 
 
 def _stops(value: object) -> object:

@@ -30,6 +30,7 @@ from router.registry import Group, Pair
 log = logging.getLogger(__name__)
 
 SERVICES = ("baton.v1.Inference", "baton.v1.Admin")
+STATUS_S = 5.0  # what a client gets to read how its call has ended
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -66,10 +67,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 async for chunk in chunks if asked.stream else gathered(chunks):
                     await self._write(context, chunk)
         except BatonError as error:
-            await abort(context, error)
+            await self._end(context, error)
         except Exception as error:
             log.exception("Generate failed for a reason of ours")
-            await abort(context, InternalError(f"the router failed: {error!r}", stage="router"))
+            await self._end(context, InternalError(f"the router failed: {error!r}", stage="router"))
 
     async def Models(self, request: inference_pb2.ModelsRequest, context: Context) -> inference_pb2.ModelsReply:
         """What this cluster serves."""
@@ -85,6 +86,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 await context.write(chunk_to_message(chunk))
         except TimeoutError:
             raise Cancelled("the client left its stream unread", stage="router", cause="slow_client") from None
+
+    async def _end(self, context: Context, error: BatonError) -> None:
+        # A status waits behind all that the client has left unread. Without this, who never reads keeps a place among the calls.
+        try:
+            async with asyncio.timeout(STATUS_S):
+                await abort(context, error)
+        except TimeoutError:
+            raise asyncio.CancelledError from None  # to gRPC: the call is over, whatever the client has of it
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):

@@ -32,17 +32,18 @@ class Upkeep:
     async def drain(self, node: str, timeout_s: float, *, retire: bool = False) -> Drained:
         """Send no new work to a node; what is still there after timeout_s goes on elsewhere, if there is an elsewhere.
 
-        retire: once it is idle, have its processes ended. Raises NotFound for an unknown node.
+        retire: once it is idle, have its processes ended. A restore meanwhile is the later wish: then neither is done. Raises
+        NotFound for an unknown node.
         """
-        groups = self._fleet.registry.drain(node)
-        self._check_known(node, groups)
+        registry = self._fleet.registry
+        self._check_known(node, registry.drain(node))
         self._fleet.notify()
-        handed_over, idle = 0, await self._idle(groups, timeout_s)
-        if not idle and any(self._fleet.registry.usable()):
-            handed_over = self._fleet.hand_over(groups)
-            idle = await self._idle(groups, self._settle_s)
+        handed_over, idle = 0, await self._idle(node, timeout_s)
+        if not idle and registry.drained(node) and any(registry.usable()):
+            handed_over = self._fleet.hand_over(registry.of(node))
+            idle = await self._idle(node, self._settle_s)
         if idle and retire:
-            self._put("retire", node, groups, "it is drained")
+            self._put("retire", node, registry.of(node), "it is drained")
         return Drained(idle, handed_over)
 
     def restore(self, node: str) -> None:
@@ -68,13 +69,13 @@ class Upkeep:
         if not groups and node not in self._fleet.registry.reports:
             raise self.unknown(node)
 
-    async def _idle(self, groups: Sequence[Group], timeout_s: float) -> bool:
-        """Wait until the groups are idle; False if they are not by then. Nothing of ours is on a group that cannot be talked to."""
-        deadline = Deadline.after(timeout_s)
-        while any(group.up and not group.idle for group in groups):
+    async def _idle(self, node: str, timeout_s: float) -> bool:
+        """Wait until the node is idle; False if it is not by then, or is restored. Nothing of ours is on a group that is not up."""
+        registry, deadline = self._fleet.registry, Deadline.after(timeout_s)
+        while registry.drained(node) and any(group.up and not group.idle for group in registry.of(node)):
             if not await self._fleet.changed(deadline.left_s()):
                 return False
-        return True
+        return registry.drained(node)
 
     def _put(self, kind: Literal["retire", "restore"], node: str, groups: Sequence[Group], why: str) -> None:
         self._fleet.notices.put(Notice(kind, node, groups[0].address if groups else "", why))

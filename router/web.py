@@ -24,9 +24,9 @@ from baton.request import Chunk, GenerateRequest, Prompt
 from baton.telemetry import CONTENT_TYPE, Refusals
 from baton.tokenizer import Tokenizer
 from router.flush import Flushed
-from router.schema import ChatBody, CompletionBody, Limits, ModelCard, parse
+from router.schema import ChatBody, CompletionBody, Limits, ModelCard, T, parse
 from router.schema_native import NativeBody
-from router.web_answers import AnswerFormat, Frame, Json, error_json, error_response, to_json
+from router.web_answers import AnswerFormat, Frame, Json, error_json, error_response, to_json, whole_json
 from router.web_middleware import Exchanges, exchange_of
 from router.web_native import NativeAnswer
 from router.web_openai import ChatAnswer, CompletionAnswer, needs_prompt_ids
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 MAX_EXCHANGES = 8192
 _DROPPED_BODIES = 4
+_PARSED_AT_ONCE = 32 * 2**10  # bytes
 # What an operator and a load balancer look at: open to all, and answered when everything else is full.
 _ALWAYS = ("/health", "/metrics")
 
@@ -100,21 +101,21 @@ class HttpFront:
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
-        body = parse(CompletionBody, await self._body(request))
+        body = await self._parsed(CompletionBody, request)
         requests = body.requests(*self._identity(request), Limits())
         frame = await self._frame(f"cmpl-{exchange_of(request.scope).request_id}", body.model, requests, needs_prompt_ids(body))
         return await self._respond(request, requests, CompletionAnswer(frame, body), body.stream)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        body = parse(ChatBody, await self._body(request))
+        body = await self._parsed(ChatBody, request)
         requests = body.requests(*self._identity(request), Limits())
         frame = await self._frame(f"chatcmpl-{exchange_of(request.scope).request_id}", body.model, requests, needs_prompt_ids(body))
         return await self._respond(request, requests, ChatAnswer(frame, body), body.stream)
 
     async def native(self, request: Request) -> Response:
         """POST /generate."""
-        body = parse(NativeBody, await self._body(request))
+        body = await self._parsed(NativeBody, request)
         requests = body.requests(*self._identity(request), Limits())
         frame = await self._frame(body.rid or exchange_of(request.scope).request_id, "", requests, body.stream)
         return await self._respond(request, requests, NativeAnswer(frame, body), body.stream)
@@ -154,11 +155,16 @@ class HttpFront:
         if stream:
             return EventStream(event_bytes(chunks, answer), self._slow_client_s)
         await unless_disconnected(request.receive, gathered(chunks, answer))
-        return json_response(answer.whole())
+        return Response(await asyncio.to_thread(whole_json, answer), media_type="application/json")
 
     def _chunks(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[Numbered, None]:
         sources = [self._router.generate(request) for request in requests]
         return alone(sources[0]) if len(sources) == 1 else merged(sources)
+
+    async def _parsed(self, kind: type[T], request: Request) -> T:
+        """The body as what it should be. A large one may take seconds, in which the loop, and what beats on it, must not stand still."""
+        body = await self._body(request)
+        return parse(kind, body) if len(body) <= _PARSED_AT_ONCE else await asyncio.to_thread(parse, kind, body)
 
     async def _body(self, request: Request) -> bytes:
         """The whole body, if it is within the limit. A declared length is refused unread.
@@ -193,9 +199,9 @@ class HttpFront:
         return exchange_of(request.scope).request_id, _timeout_s(request.headers.get("x-request-timeout-s"))
 
     async def _frame(self, answer_id: str, model: str, requests: Sequence[GenerateRequest], with_ids: bool) -> Frame:
-        self._check_model(model or self._model_name)
         for asked in requests:
             self._router.check(asked)
+        self._check_model(model or self._model_name)
         ids = [await asyncio.to_thread(_prompt_ids, self._router.tokenizer, r.prompt) for r in requests] if with_ids else []
         return Frame(answer_id, int(time.time()), self._model_name, self._router.tokenizer, ids)
 
@@ -259,7 +265,7 @@ def create_app(
     return app
 
 
-def json_response(content: Json | list[Json], status: int = 200) -> Response:
+def json_response(content: Json, status: int = 200) -> Response:
     """JSON as this front writes it."""
     return Response(to_json(content), status, media_type="application/json")
 

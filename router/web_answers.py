@@ -20,6 +20,7 @@ from baton.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 LEAST_LOGPROB = -9999.0
+_PARTS_DEPTH = 5  # answer, choices, choice, logprobs, their list: what is left for a part is one token's
 DONE = b"data: [DONE]\n\n"
 
 
@@ -119,6 +120,34 @@ def event(content: Json) -> bytes:
 
 def to_json(content: Json | list[Json]) -> bytes:
     """Compact UTF-8 JSON; NaN and infinity would be a bug."""
+    return _dumped(content)
+
+
+def whole_json(answer: AnswerFormat) -> bytes:
+    """The body of an answer that is sent as a whole. With logprobs that may be seconds of work: run it in a thread.
+
+    One call of json.dumps would keep the interpreter for all of it, and with it the loop: a router that is silent for so long counts as
+    gone. So it is called for small parts.
+    """
+    return b"".join(parts(answer.whole(), _PARTS_DEPTH))
+
+
+def parts(content: object, depth: int) -> Iterator[bytes]:
+    """JSON in pieces; what is nested deeper than depth is one of them."""
+    if not depth or not isinstance(content, dict | list):
+        yield _dumped(content)
+        return
+    is_dict = isinstance(content, dict)
+    yield b"{" if is_dict else b"["
+    for index, item in enumerate(content):
+        yield b"," if index else b""
+        if is_dict:
+            yield _dumped(item) + b":"
+        yield from parts(content[item] if is_dict else item, depth - 1)
+    yield b"}" if is_dict else b"]"
+
+
+def _dumped(content: object) -> bytes:
     return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
 
 
@@ -130,10 +159,15 @@ def error_json(error: BatonError) -> Json:
 
 
 def error_response(error: BatonError) -> Response:
-    """An error in the place of an answer. Whoever is told to come back (429 always) is told when, in whole seconds."""
+    """An error in the place of an answer. Whoever is told to come back (429 always) is told when, in whole seconds.
+
+    x-should-retry is for OpenAI's clients, which else send a request again by its status alone: what ends every node it meets, too.
+    """
     response = Response(to_json(error_json(error)), error.http_status, media_type="application/json")
     if error.http_status == 429 or error.retry_after_s is not None:
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
+    if not error.retryable:
+        response.headers["x-should-retry"] = "false"
     if error.http_status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from baton.request import Chunk, TokenLogprob
 from baton.tokenizer import Tokenizer
@@ -140,7 +141,7 @@ def _legacy_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], off
         "tokens": tokens,
         "token_logprobs": [finite(item.logprob) for item in logprobs],
         "top_logprobs": [_top_by_text(tokenizer, item) for item in logprobs],
-        "text_offset": [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))],
+        "text_offset": list(accumulate(map(len, tokens[:-1]), initial=offset)),
     }
 
 

@@ -122,12 +122,12 @@ class EventStream(Response):
                     started = True
                 if not await self._sent(send, content):
                     return
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._sent(send, b"", more=False)
 
-    async def _sent(self, send: Send, content: bytes) -> bool:
+    async def _sent(self, send: Send, content: bytes, more: bool = True) -> bool:
         try:
             async with asyncio.timeout(self._slow_client_s):
-                await send({"type": "http.response.body", "body": content, "more_body": True})
+                await send({"type": "http.response.body", "body": content, "more_body": more})
         except TimeoutError:
             log.warning("cancelling a stream: its client has not read for %g s", self._slow_client_s)
             return False

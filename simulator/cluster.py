@@ -67,7 +67,7 @@ class SimCluster:
 
     def whole(self) -> bool:
         """Whether every node lives and the router has proven every pair."""
-        if self.router.process.dead or not self.router.started:
+        if self.absent or not self.router.started:
             return False
         living = all(node.groups and not any(group.process.dead for group in node.groups) for node in self.nodes.values())
         return living and all(pair.usable for pair in self.router.dispatcher.fleet.registry.pairs())

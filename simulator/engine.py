@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -77,7 +77,8 @@ class Memory:
 class SimSeat:
     """ranks.seat.Seat in a simulated process. State owner: the process.
 
-    slowness: how many times longer steps and reads take. failing: what the next step raises. num_alone: prompts computed by decode.
+    slowness: how many times longer steps and reads take. failing: what the next step raises. tokenless: whether the next draw fails.
+    num_alone: prompts computed by decode.
     """
 
     def __init__(self, plan: RankPlan, num_blocks: int, address: str, pid: int, cost: Cost, chance: random.Random, report: Report) -> None:
@@ -90,6 +91,7 @@ class SimSeat:
         self.memory = Memory(self.incarnation, num_blocks, plan.config.block_size, report)
         self.slowness = 1.0
         self.failing: BatonError | None = None
+        self.tokenless = False
         self.num_steps = 0
         self.num_alone = 0
         self._pid = pid
@@ -171,7 +173,12 @@ class SimSeat:
             )
             token_ids.append(token_id)
             logprobs.append(logprob_of(slots, token_id))
-        return _sampled(token_ids, logprobs, max(batch.num_logprobs.tolist(), default=0))
+        sampled = _sampled(token_ids, logprobs, max(batch.num_logprobs.tolist(), default=0))
+        return self._spoiled(sampled) if self.tokenless and token_ids else sampled
+
+    def _spoiled(self, sampled: Sampled) -> Sampled:
+        self.tokenless = False
+        return replace(sampled, failed_rows=(0,))
 
     def _found(self, row: _Row) -> tuple[int, ...]:
         """Every slot of a row's context, as it lies in the blocks."""

@@ -35,6 +35,7 @@ class Faults:
             "leave": self._leave,
             "slow": self._slow_down,
             "fail step": self._fail_step,
+            "no token": self._spoil,
             "stuck read": self._stick,
             "cut": self._cut,
             "silence": self._silence,
@@ -64,6 +65,8 @@ class Faults:
             process.resume()
         for group in self._slow:
             group.seat.slowness = 1.0
+        for group in self._cluster.groups():
+            group.seat.tokenless = False
         for node in self._drained:
             self._restore(node)
 
@@ -138,6 +141,13 @@ class Faults:
         if group is None:
             return False
         group.seat.failing = InternalError("the device has failed", stage=group.node.role, node=group.name, cause="device")
+        return True
+
+    def _spoil(self, fault: Fault) -> bool:
+        group = self._cluster.group(fault.target)
+        if group is None:
+            return False
+        group.seat.tokenless = True
         return True
 
     def _link(self, fault: Fault) -> Link | None:

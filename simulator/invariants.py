@@ -62,6 +62,7 @@ class Record:
     outcome: "" while it is under way; "finished", "left" (the client did), or the cause of its error. excused: whether its router was
     killed or stopped meanwhile, so that nobody could have answered. stalled: whether the client has stopped reading. roomy: whether no
     queue is so short that it could be full. sure: whether it must be finished if it has time enough.
+    tokenless: whether some step may find no token to draw.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Record:
     prompt_len: int
     roomy: bool
     sure: bool
+    tokenless: bool
     excused: bool = False
     stalled: bool = False
     usage_seen: bool = False
@@ -117,6 +119,7 @@ class Record:
             or (isinstance(error, ResourceExhausted) and not self.num_tokens and not self.roomy)
             or (isinstance(error, Unavailable) and error.cause == "no_nodes" and not self.num_tokens and self.timeout_s < LONG_S)
             or (isinstance(error, Unavailable | DeadlineExceeded) and self.excused)
+            or (error.cause == "logits" and self.tokenless)
         )
         if not allowed:
             kind = type(error).__name__

@@ -172,7 +172,7 @@ class Lane:
 
 
 class Link:
-    """Both directions between two processes. there: from `near` to `far`. deaf_since_s: when it was last found so."""
+    """Both directions between two processes. there: from `near` to `far`. deaf_since_s: when it last became so."""
 
     def __init__(self, near: Process, far: Process, there: Wire, back: Wire) -> None:
         self.near, self.far = near, far

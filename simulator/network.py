@@ -58,7 +58,7 @@ class Network:
         self.num_streams += 1
         stream = self._streams[self.num_streams] = Stream(self.loop, link, self.num_streams, method, accept, self.note)
         if link.deaf:
-            self._watch(link)
+            self._watch(link)  # as long as it lasts, no call outlives the next look
         if len(self._streams) > _MOST_STREAMS:
             self._streams = {number: known for number, known in self._streams.items() if not known.over}
         return stream
@@ -91,9 +91,9 @@ class Network:
 
     def silence(self, link: Link, *, there: bool = True, back: bool = True) -> None:
         """Nothing arrives any more in one direction or both, and nobody is told before keepalives fail."""
+        self._begin_deafness(link)
         link.there.silent |= there
         link.back.silent |= back
-        self._watch(link)
 
     def heal(self, link: Link) -> None:
         """What is sent arrives again, and so does what was on its way."""
@@ -114,16 +114,20 @@ class Network:
 
     def stop(self, process: Process) -> None:
         """SIGSTOP. Its peers hear nothing, not even that."""
-        process.stop()
         for link in self.links(process):
-            self._watch(link)
+            self._begin_deafness(link)
+        process.stop()
+
+    def _begin_deafness(self, link: Link) -> None:
+        if not link.deaf:
+            link.deaf_since_s = self.loop.now_s
+        self._watch(link)
 
     def _watch(self, link: Link) -> None:
-        link.deaf_since_s = self.loop.now_s
-        self.loop.later(KEEPALIVE_S, self._keepalive, link, link.deaf_since_s)
+        self.loop.later(KEEPALIVE_S, self._keepalive, link)
 
-    def _keepalive(self, link: Link, since_s: float) -> None:
-        if link.deaf and link.deaf_since_s == since_s:
+    def _keepalive(self, link: Link) -> None:
+        if link.deaf and self.loop.now_s - link.deaf_since_s >= KEEPALIVE_S:
             for stream in self._on(link):
                 stream.break_up("keepalive watchdog timeout", forget=True)
 

@@ -65,15 +65,15 @@ class Summary:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; the exit code."""
     options = _parser().parse_args(argv)
+    if options.seed is None and options.worker is None:
+        return _run_all(options)
     if os.environ.get("PYTHONHASHSEED") != HASH_SEED:
         arguments = sys.argv[1:] if argv is None else list(argv)
         return subprocess.run([sys.executable, "-m", "simulator", *arguments], env=_environment(), check=False).returncode
-    if options.worker is not None:
-        _work(range(*options.worker), options.planted)
-        return 0
     if options.seed is not None:
         return _replay(options.seed, options.planted, options.trace)
-    return _run_all(options)
+    _work(range(*options.worker), options.planted)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

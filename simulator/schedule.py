@@ -22,7 +22,7 @@ FAULTS_S = 1.5  # all faults begin within
 FOR_EVER_S = 500.0  # until all requests have ended
 
 Season = Literal["calm", "tight", "nodes", "links", "lossy", "router", "storm"]
-_SEASONS: dict[Season, int] = {"calm": 8, "tight": 17, "nodes": 25, "links": 20, "lossy": 14, "router": 8, "storm": 8}
+SEASONS: dict[Season, int] = {"calm": 8, "tight": 17, "nodes": 25, "links": 20, "lossy": 14, "router": 8, "storm": 8}
 Kind = Literal[
     "kill",  # SIGKILL of a group's process
     "vanish",  # the same, and nobody is told: its host is gone
@@ -30,6 +30,7 @@ Kind = Literal[
     "leave",  # an orderly end, as after SIGTERM
     "slow",  # steps and reads take longer
     "fail step",  # a step raises
+    "no token",  # a step's logits are no numbers
     "stuck read",  # a read neither ends nor stops writing for a while
     "cut",  # a link breaks
     "silence",  # a link is half open
@@ -41,10 +42,21 @@ Kind = Literal[
     "retire",  # the same, and its processes end
     "flush",
 ]
-_KINDS: dict[Season, dict[Kind, int]] = {
+KINDS: dict[Season, dict[Kind, int]] = {
     "calm": {"flush": 2, "drain": 2, "retire": 1},
     "tight": {"slow": 2, "flush": 1, "kill": 1, "stuck read": 1},
-    "nodes": {"kill": 5, "vanish": 2, "stop": 4, "leave": 1, "slow": 2, "fail step": 2, "stuck read": 2, "drain": 1, "retire": 1},
+    "nodes": {
+        "kill": 5,
+        "vanish": 2,
+        "stop": 4,
+        "leave": 1,
+        "slow": 2,
+        "fail step": 2,
+        "stuck read": 2,
+        "no token": 1,
+        "drain": 1,
+        "retire": 1,
+    },
     "links": {"cut": 5, "silence": 6, "stop": 1, "flush": 1},
     "lossy": {"lossy": 5, "cut": 1},
     "router": {"kill router": 3, "stop router": 3, "restart router": 2, "cut": 1, "kill": 1},
@@ -149,6 +161,11 @@ class Schedule:
         return min(config.prefill.max_waiting, config.decode.max_waiting, config.router.max_queue) > 2 * MOST_ASKS * MOST_CHOICES
 
     @property
+    def tokenless(self) -> bool:
+        """Whether a request may end because no token could be drawn."""
+        return any(fault.kind == "no token" for fault in self.faults)
+
+    @property
     def lossy_pulls(self) -> bool:
         """Whether announcements may get lost, of which nobody asks what has become: streams of real networks break instead."""
         return any(fault.kind == "lossy" and fault.far for fault in self.faults)
@@ -162,7 +179,7 @@ class Schedule:
 def schedule(seed: int) -> Schedule:
     """The schedule of a seed."""
     chance = random.Random(seed)
-    season = chance.choices(list(_SEASONS), list(_SEASONS.values()))[0]
+    season = chance.choices(list(SEASONS), list(SEASONS.values()))[0]
     tight = season == "tight" or chance.random() < 0.2
     nodes = _nodes(chance, tight)
     return Schedule(
@@ -280,14 +297,14 @@ def _ask(chance: random.Random, prefixes: list[tuple[int, ...]], within_s: float
 
 
 def _faults(chance: random.Random, season: Season, nodes: tuple[NodePlan, ...]) -> tuple[Fault, ...]:
-    kinds = _KINDS[season]
+    kinds = KINDS[season]
     drawn = chance.choices(list(kinds), list(kinds.values()), k=chance.randint(*_NUM_FAULTS[season]))
     faults = [_fault(chance, kind, nodes) for kind in drawn]
     return tuple(sorted(faults, key=lambda fault: fault.at_s))
 
 
 def _fault(chance: random.Random, kind: Kind, nodes: tuple[NodePlan, ...]) -> Fault:
-    node = chance.choice(nodes)
+    node = chance.choice([node for node in nodes if node.role == "decode" or kind != "stuck read"])
     group = chance.choice(node.group_names())
     near, far = _ends(chance, nodes)
     on_link = kind in ("cut", "silence", "lossy")

@@ -54,6 +54,7 @@ class Client:
             prompt_len,
             roomy=self._plan.roomy,
             sure=not self._plan.lossy_pulls,
+            tokenless=self._plan.tokenless,
             excused=self._absent(),
         )
         self.records.append(record)

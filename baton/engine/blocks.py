@@ -131,6 +131,8 @@ class BlockPool:
 
     def fits(self, hashes: Sequence[bytes], count: int) -> bool:
         """Whether a sequence of `count` blocks, whose leading ones may match `hashes`, can hold or reserve all of them now."""
+        if count - len(hashes) > self.available():
+            return False  # however many of them match
         matched = (self._by_hash[content_hash] for content_hash in hashes[: self.peek(hashes)])
         shared = sum(self._states[block] is BlockState.HELD for block in matched)
         return count - shared <= self.available()
@@ -184,6 +186,12 @@ class BlockPool:
         if above is not None:
             self._places[above].children.add(block)
         return True
+
+    def leave_tree(self, blocks: Iterable[int]) -> None:
+        """Nobody shall match these blocks any more, nor what follows them: their content is not to be trusted. Owners keep them."""
+        for block in blocks:
+            if block in self._places:
+                self._forget(block)
 
     def hold(self, blocks: Iterable[int]) -> None:
         """One more owner for blocks that are held already."""

@@ -87,6 +87,11 @@ class Sequence:
             pool.insert(self.block_ids[i], self.hashes[i], parent)
             self.num_entered += 1
 
+    def distrust(self, pool: BlockPool) -> None:
+        """No token could be drawn: nothing that was written here may reach others through the tree, also not by earlier chunks, whose
+        numbers nobody has looked at. What was found in the tree was good for others. The sequence must be dropped next."""
+        pool.leave_tree(self.block_ids[self.num_matched :])
+
     def drop(self, pool: BlockPool) -> None:
         """Give up all blocks and promises: full blocks stay cached, the sequence is as it was made (but for its tokens)."""
         pool.release(self.block_ids)
@@ -193,21 +198,27 @@ class WaitingLine(Generic[Item]):
         del self._places[at]
 
     def serve(self, start: Callable[[Item], Answer], turn: Callable[[Item], Any] | None = None) -> None:
-        """Try to start everyone, by arrival or by `turn`, least first; those that started are no longer in line."""
+        """Try to start everyone, by arrival or by `turn`, least first; those that started are no longer in line.
+
+        O(waiting + waiting * started): a long line in which nobody finds room is cheap to look through, which is done at every event.
+        """
         passed: list[_Place[Item]] = []
         started: list[int] = []
+        held_up = False  # by one that was passed, and overtaken too often
         for place in self._places if turn is None else self._in_turn(turn):
-            if any(self._aged(other) for other in passed):
-                break
             answer = start(place.item)
             if answer is Answer.STEP_FULL:
                 break
             if answer is Answer.NO_ROOM:
                 place.overtaken += sum(arrival > place.arrival for arrival in started)
                 passed.append(place)
+                held_up = self._aged(place)
             if answer is Answer.STARTED:
                 started.append(place.arrival)
                 _overtake(passed, place.arrival)
+                held_up = any(self._aged(other) for other in passed)
+            if held_up:
+                break
         gone = set(started)
         self._places = [place for place in self._places if place.arrival not in gone]
 

@@ -9,6 +9,7 @@ from baton.deadline import Deadline
 from baton.engine.blocks import BlockPool
 from baton.errors import BatonError, Cancelled, InternalError, NodeLost, Unavailable
 from baton.request import Sampling, SequenceRequest
+from baton.rpc import open_channel
 from decode_node.intake import Intake, PullSource
 from decode_node.scheduler import DecodeScheduler
 from decode_node.stages import Stage
@@ -47,13 +48,13 @@ class Reads:
 class Group:
     """A decode group's pool, scheduler and intake, and what its leader would hear."""
 
-    def __init__(self, read_s: float = 30.0, handshake_s: float = 0.3) -> None:
+    def __init__(self, read_s: float = 30.0, handshake_s: float = 0.3, client: PullClient | None = None) -> None:
         self.pool = BlockPool(NUM_BLOCKS, 4)
         self.scheduler = DecodeScheduler(
             self.pool, max_sequences=4, max_waiting=4, reserve_output_tokens=4, max_step_tokens=4, max_model_len=64
         )
         self.reads = Reads()
-        self.client = PullClient(handshake_s=handshake_s)
+        self.client = client or PullClient(handshake_s=handshake_s)
         limits = {"read_s": read_s, "block_bytes": 2**26, "vocab_size": 100, "answer_s": 0.05}
         self.intake = Intake(self.scheduler, self.client, self.reads, self, **limits)
         self.heard: list[tuple[str, Key, object]] = []
@@ -180,6 +181,42 @@ async def test_a_read_without_an_end_keeps_its_blocks(source: tuple[ScriptedSour
     await group.intake.close()
     assert under_way.done(), "nobody waits for it for ever"
     assert group.pool.counts().quarantined == 2
+    await group.client.close()
+
+
+class SlowToClose:
+    """A channel that takes a while to close: a pull whose read has failed is then not over yet."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = open_channel(address)
+        self.stream_stream = self._channel.stream_stream
+        self.closing = False
+
+    async def close(self, grace: float | None) -> None:
+        self.closing = True
+        await asyncio.sleep(0.05)
+        await self._channel.close(grace)
+
+
+@pytest.mark.parametrize("given_up_first", [False, True])
+@pytest.mark.parametrize("error", [NodeLost("gone"), Unacknowledged("no answer")], ids=["failed", "unacknowledged"])
+async def test_a_cancel_while_the_stream_is_left_changes_no_verdict(
+    source: tuple[ScriptedSource, str], error: BatonError, given_up_first: bool
+) -> None:
+    channel = SlowToClose(source[1])
+    group = Group(client=PullClient(max_channels=0, open_channel=lambda address: channel))
+    begin(group, source[1])
+    under_way = await reading(group)
+    if given_up_first:
+        group.give_up()
+        await asyncio.sleep(0)
+    under_way.set_exception(error)
+    await eventually(lambda: channel.closing, "the end of the stream")
+    group.give_up()
+    what, _ = await group.word()
+    assert what == ("lost" if isinstance(error, Unacknowledged) else "failed")
+    assert group.pool.counts().quarantined == (2 if what == "lost" else 0)
+    await group.intake.close()
     await group.client.close()
 
 

@@ -14,10 +14,12 @@ from baton.engine.batch import Batch
 from baton.engine.runner import StepOutcome
 from baton.errors import BatonError, Cancelled, InvalidRequest
 from baton.rpc import bind, make_server
+from decode_node.intake import PullSource
 from kv_transfer.transport import Export
 from ranks.drive import Drive
 from ranks.facts import RankCounts, ReadOrder
 from ranks.service import Peer, add_rank_service
+from ranks.session import Session
 from tests.relay.inprocess import PATIENCE_S, InProcess, Stream, ask, eventually
 from tests.tiny_models import make_tiny
 
@@ -255,6 +257,22 @@ async def test_prefill_gone_during_the_pull_is_told(model: Path, decode: InProce
     await prefill.stop()
     await eventually(lambda: ("a", 1) in relay.decode.errors, "the router's word")
     assert relay.decode.errors["a", 1].error.retryable
+
+
+async def test_a_router_that_is_lost_ends_all_its_sequences_before_anybody_is_let_in(decode: InProcess) -> None:
+    """Else those that wait are let in one by one, and looked at all over again for each that ends: no loop bears that with a full line."""
+    leader = decode.leader
+    lost, other = Session(b"l" * 16), Session(b"o" * 16)
+    for session in (lost, other):
+        leader.desk.attach(session)
+    nowhere = PullSource("127.0.0.1:1", b"i" * 16, 1, ())
+    for i in range(4):
+        leader.decode(lost, ask(f"lost-{i}", 120, max_tokens=50), nowhere, 60.0)
+    leader.decode(other, ask("other", 120, max_tokens=50), nowhere, 60.0)
+    leader.desk.detach(lost)
+    assert lost.outbox.accepted == [("lost-0", 1)]
+    await eventually(lambda: other.outbox.accepted == [("other", 1)], "room for the other router's")
+    leader.desk.detach(other)
 
 
 async def test_a_node_that_has_closed_takes_nothing_more(prefill: InProcess, decode: InProcess) -> None:

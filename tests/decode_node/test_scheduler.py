@@ -387,16 +387,21 @@ def test_a_prompt_given_up_during_its_chunk_ends_with_the_step():
     assert group.scheduler.idle() and group.pool.counts().cached == 1
 
 
-def test_a_prompt_without_a_token_ends_and_leaves_nothing_in_the_tree():
-    group = Group(max_step_tokens=8)
+@pytest.mark.parametrize("max_step_tokens", [4, 8], ids=["second chunk", "only chunk"])
+def test_a_prompt_without_a_token_ends_and_leaves_nothing_in_the_tree(max_step_tokens):
+    """Nobody looks at the numbers of a chunk that draws nothing: so what the earlier ones wrote is not to be trusted either."""
+    group = Group(max_step_tokens=max_step_tokens)
     group.add(ask("a", range(8)), alone=True)
     assert group.scheduler.admit()
+    if max_step_tokens == 4:
+        group.step()
     group.plan()
     drawn = group.drawn()
     failed = Sampled(drawn.token_ids, drawn.logprobs, drawn.top_ids, drawn.top_logprobs, failed_rows=(0,))
     assert group.scheduler.apply(failed) == ()
     assert group.scheduler.take_failed() == (("a", 1),)
     assert group.pool.counts() == BlockPool(16, SIZE).counts()
+    group.pool.check()
 
 
 def test_a_row_without_a_token_ends_its_sequence_alone():

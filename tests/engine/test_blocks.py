@@ -310,6 +310,16 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.check()
         self.pool.unquarantine(owner)
 
+    @rule(owner=owners)
+    def leave_tree(self, owner):
+        """What an owner wrote is not to be trusted: it goes, and what follows it, but never from those that hold it."""
+        if any(owner is other for other in self.owned):
+            before = self.pool.counts()
+            self.pool.leave_tree(owner)
+            assert not any(block in self.pool._places for block in owner)
+            after = self.pool.counts()
+            assert (after.held, after.quarantined) == (before.held, before.quarantined)
+
     @precondition(lambda self: self.pool.counts().cached)
     @rule()
     def drop_cache(self):

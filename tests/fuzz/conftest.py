@@ -15,6 +15,12 @@ from tests.router.echo_tokenizer import save_tokenizer
 MAX_BODY_BYTES = 16_384
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a failing test was given may be long; that it is must not hide why it failed."""
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("ignore:Generating overly large repr"))
+
+
 class Running:
     """A router and where it listens. dispatcher: what is behind both of its doors."""
 

@@ -6,6 +6,7 @@ How hard a test tries follows the hypothesis profile: `make fuzz` uses "long", w
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 M = TypeVar("M", bound=Message)
 _USUAL = 100
 PATIENCE_S = 20.0
+WRITTEN_TOO_LATE = "Internal error from Core"  # what gRPC says here of a write to a call that the other end has just ended
 
 
 def effort(num_examples: int) -> settings:
@@ -64,6 +66,7 @@ _TEXTS = ["", "\0", "a\nb", "é" * 300, "x" * 5000, "127.0.0.1:1", "@x", "float3
 _BYTES = [b"", bytes(16), b"r" * 16, bytes(15), b"x" * 5000]
 
 
+@functools.cache  # there are as many as kinds of messages, and making one takes longer than drawing from it
 def messages(kind: type[M], depth: int = 4) -> st.SearchStrategy[M]:
     """Messages of a kind with any of its fields set, to values at the edges of what they can hold."""
     return st.builds(lambda fields: _filled(kind(), fields), st.fixed_dictionaries({}, optional=_fields(kind, depth)))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
 
 from baton.rpc import bind
+
+STREAMS = ("/Generate", "/Control", "/Pull")
 
 
 class Liar(grpc.GenericRpcHandler):
@@ -18,6 +22,7 @@ class Liar(grpc.GenericRpcHandler):
         self.lines: Sequence[bytes] = ()
         self.hangs_up = False
         self.num_told = 0
+        self.num_calls = self.num_open = 0
         self.address = ""
         self._server = grpc.aio.server()
         self._server.add_generic_rpc_handlers((self,))
@@ -33,19 +38,23 @@ class Liar(grpc.GenericRpcHandler):
         await self._server.stop(None)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        """Every method is one."""
-        return grpc.stream_stream_rpc_method_handler(self._speak)
+        """Every method is one. Where a stream is expected all lines are said, elsewhere the first one."""
+        most = len(self.lines) if handler_call_details.method.endswith(STREAMS) else 1
+        return grpc.stream_stream_rpc_method_handler(partial(self._speak, self.lines[:most]))
 
-    async def _speak(self, requests: AsyncIterator[bytes], context: Any) -> None:
+    async def _speak(self, lines: Sequence[bytes], requests: AsyncIterator[bytes], context: Any) -> None:
         hearing = asyncio.create_task(self._hear(requests))
+        self.num_calls, self.num_open = self.num_calls + 1, self.num_open + 1
         try:
-            for line in self.lines:
-                await context.write(line)
+            with contextlib.suppress(grpc.aio.InternalError):  # the peer has heard enough
+                for line in lines:
+                    await context.write(line)
             self.num_told += 1
             if not self.hangs_up:
                 await hearing
         finally:
             hearing.cancel()
+            self.num_open -= 1
 
     async def _hear(self, requests: AsyncIterator[bytes]) -> None:
         async for _ in requests:

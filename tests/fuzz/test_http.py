@@ -128,7 +128,7 @@ async def is_well(router: Running) -> bool:
     return all(answer.startswith(b"HTTP/1.1 200") for answer in answers) and b'"completion_tokens":2' in answers[0]
 
 
-@effort(6)
+@effort(4)
 @given(batch=st.lists(requests(), min_size=20, max_size=40))
 async def test_any_request_is_answered_by_the_rules(router: Running, batch: list[bytes]) -> None:
     with no_alarms():
@@ -140,7 +140,7 @@ async def test_any_request_is_answered_by_the_rules(router: Running, batch: list
         assert await is_well(router)
 
 
-@effort(3)
+@effort(2)
 @given(batch=st.lists(bodies(), min_size=20, max_size=40), cuts=st.lists(st.integers(1, 60), min_size=1, max_size=5))
 async def test_any_body_in_chunks_is_answered_or_refused(router: Running, batch: list[tuple[str, bytes]], cuts: list[int]) -> None:
     def chunked(path: str, body: bytes) -> bytes:

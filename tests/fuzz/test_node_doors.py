@@ -23,7 +23,7 @@ from baton.request import Sampling, SequenceRequest
 from baton.rpc import open_channel, to_error
 from baton.v1 import node_pb2, rank_pb2
 from baton.wire import sequence_to_message
-from tests.fuzz.hostile import PATIENCE_S, effort, messages, near, no_alarms, noise
+from tests.fuzz.hostile import PATIENCE_S, WRITTEN_TOO_LATE, effort, messages, near, no_alarms, noise
 from tests.relay.inprocess import InProcess, Stream, ask, eventually
 from tests.tiny_models import make_tiny
 
@@ -54,8 +54,8 @@ async def decode(model: Path) -> AsyncIterator[InProcess]:
     await rank.stop()
 
 
-async def tell(channel: grpc.aio.Channel, method: str, lines: list[bytes]) -> grpc.StatusCode | None:
-    """How the node ends a stream on which this was said; None if it lets it go on."""
+async def tell(channel: grpc.aio.Channel, method: str, lines: list[bytes]) -> None:
+    """Say this on a stream, which the node ends, if it does, by a word of ours."""
     call = channel.stream_stream(method)()
     try:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # over already: reading says how
@@ -65,12 +65,11 @@ async def tell(channel: grpc.aio.Channel, method: str, lines: list[bytes]) -> gr
             while await call.read() is not grpc.aio.EOF:
                 continue
     except TimeoutError:
-        return None
+        return  # it lets the stream go on
     except grpc.aio.AioRpcError as error:
-        return error.code()
+        assert error.code() not in BUGS or error.details() == WRITTEN_TOO_LATE, (error.details(), lines)
     finally:
         call.cancel()
-    return grpc.StatusCode.OK
 
 
 def said(hello: Message, good: list[Message]) -> st.SearchStrategy[list[bytes]]:
@@ -120,12 +119,12 @@ async def answers(router: Stream, name: str, run: object) -> dict[int, int]:
 async def test_a_prefill_node_hears_anything_and_steps_on(prefill: InProcess, batch: list[list[bytes]]) -> None:
     with no_alarms():
         async with open_channel(prefill.host.address.control) as channel, asyncio.timeout(PATIENCE_S):
-            ends = await asyncio.gather(*(tell(channel, "/baton.v1.PrefillNode/Control", lines) for lines in batch))
-        assert not BUGS & set(ends), (ends, batch)
+            await asyncio.gather(*(tell(channel, "/baton.v1.PrefillNode/Control", lines) for lines in batch))
         router = await prefill.stream()
         name = f"good-{len(prefill.streams)}"
         tokens = await answers(router, name, router.prefill(ask(name, 40, max_tokens=1), 0))
-        assert tokens == {0: tokens[0]} and not prefill.life.failed
+        await router.close()
+        assert tokens == {0: tokens[0]} and not prefill.life.failed.is_set()
         await eventually(lambda: prefill.idle, "an idle node")
 
 
@@ -134,14 +133,18 @@ async def test_a_prefill_node_hears_anything_and_steps_on(prefill: InProcess, ba
 async def test_a_decode_node_hears_anything_and_steps_on(decode: InProcess, batch: list[list[bytes]]) -> None:
     with no_alarms():
         async with open_channel(decode.host.address.control) as channel, asyncio.timeout(PATIENCE_S):
-            ends = await asyncio.gather(*(tell(channel, "/baton.v1.DecodeNode/Control", lines) for lines in batch))
-        assert not BUGS & set(ends), (ends, batch)
+            await asyncio.gather(*(tell(channel, "/baton.v1.DecodeNode/Control", lines) for lines in batch))
         router = await decode.stream()
         name = f"good-{len(decode.streams)}"
         alone = node_pb2.DecodeRequest(sequence=sequence_to_message(ask(name, 40, max_tokens=5), 60.0))
         tokens = await answers(router, name, router.say(decode=alone))
+        await router.close()
         assert sorted(tokens) == [0, 1, 2, 3, 4]
         await eventually(lambda: decode.idle, "an idle node")
+
+
+def packed(message: Message) -> bytes:
+    return message.SerializeToString()
 
 
 RANK_WORDS: dict[str, Message] = {
@@ -160,12 +163,8 @@ RANK_WORDS: dict[str, Message] = {
 @effort(5)
 @given(data=st.data())
 async def test_a_rank_hears_anything_from_other_ranks(decode: InProcess, data: st.DataObject) -> None:
-    names = st.sampled_from([name for name in RANK_WORDS if name != "Wake"])
-    raw = names.flatmap(
-        lambda name: st.tuples(
-            st.just(name), near(RANK_WORDS[name]).map(Message.SerializeToString) | noise(RANK_WORDS[name].SerializeToString())
-        )
-    )
+    names = st.sampled_from([name for name in RANK_WORDS if name != "Wake"])  # a wake is a step, and there is nobody to join it
+    raw = names.flatmap(lambda name: st.tuples(st.just(name), near(RANK_WORDS[name]).map(packed) | noise(packed(RANK_WORDS[name]))))
     batch = data.draw(st.lists(raw, min_size=8, max_size=16))
     with no_alarms():
         async with open_channel(decode.host.address.control) as channel, asyncio.timeout(PATIENCE_S):

@@ -166,6 +166,23 @@ def test_a_prompt_without_a_token_fails_and_leaves_nothing(pulled):
     assert node.scheduler.idle() and node.pool.counts().idle() and node.pool.counts().cached == 0
 
 
+def test_what_a_prompt_without_a_token_wrote_before_is_not_trusted_either_but_what_it_found_is():
+    node = Node()
+    node.scheduler.add(ask("before", range(6)), lease=0)
+    node.run()
+    node.scheduler.add(ask("a", [*range(4), *range(50, 65)]), lease=0)
+    node.step()
+    assert node.pool.counts().held > 1
+    node.plan()
+    while not len(node.batch.sample_rows):
+        node.scheduler.apply(node.drawn())
+        node.plan()
+    drawn = node.drawn()
+    node.scheduler.apply(Sampled(drawn.token_ids, drawn.logprobs, drawn.top_ids, drawn.top_logprobs, failed_rows=(0,)))
+    assert node.scheduler.idle() and node.pool.counts().idle() and node.pool.counts().cached == 1
+    node.pool.check()
+
+
 def test_unaccepted_prompts_are_bounded():
     node = Node(max_unaccepted=1)
     for i in range(3):

@@ -19,7 +19,8 @@ from ranks.drive import Drive
 from ranks.facts import RankCounts
 from ranks.host import RankHost
 from ranks.node import RankLife
-from tests.relay.inprocess import eventually
+from tests.relay.inprocess import InProcess, eventually
+from tests.tiny_models import make_tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -160,3 +161,14 @@ def test_the_process_of_a_failed_rank_ends_although_its_step_is_stuck_in_native_
     """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "failed as it should"), done.stderr
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_a_rank_whose_transfer_thread_has_failed_is_rebuilt(tmp_path: Path, role: str) -> None:
+    """It would answer pings and beat for ever, and fail every pull."""
+    rank = await InProcess(make_tiny("llama", tmp_path), role, 8, max_model_len=64).start()
+    rank.transfers.post(lambda: 1 // 0)
+    await eventually(rank.life.failed.is_set, "the failure of the rank")
+    assert "transfer thread" in rank.life.failure
+    await rank.stop()

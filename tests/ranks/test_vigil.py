@@ -11,7 +11,7 @@ from baton.config import MembershipConfig
 from baton.deadline import Deadline
 from baton.engine.batch import Batch
 from baton.engine.runner import StepOutcome
-from baton.errors import BatonError, DeadlineExceeded, InvalidRequest, NodeLost
+from baton.errors import BatonError, DeadlineExceeded, InternalError, InvalidRequest, NodeLost
 from baton.rpc import bind, make_server
 from baton.v1 import rank_pb2_grpc
 from kv_transfer.transport import Export
@@ -169,6 +169,23 @@ async def test_a_step_that_does_not_end_fails_its_rank_although_it_answers() -> 
         rank.wake(1)
         error = await failure_of(running)
         assert "step 1 of rank node-0/0 is not done after 0.6 s" in error.message and error.cause == "step_stalled"
+
+
+class Odd:
+    """A peer in which a bug shows."""
+
+    name = "node-0/1"
+
+    async def ping(self, timeout_s: float) -> int:
+        raise ZeroDivisionError("a bug")
+
+
+async def test_a_vigil_that_fails_fails_its_rank() -> None:
+    rank = Rank()
+    running = asyncio.create_task(rank.drive.run())
+    await Vigil("node-0/0", rank.drive, [Odd()], FAST).run()
+    with pytest.raises(InternalError, match="a bug"):
+        await running
 
 
 async def test_a_rank_that_sleeps_is_not_stalled() -> None:

@@ -97,6 +97,11 @@ class InProcess:
         return self
 
     @property
+    def transfers(self) -> Any:
+        """The rank's transfer thread."""
+        return self.node._source._thread if self.role == "prefill" else self.node._reader._reader._thread
+
+    @property
     def leader(self) -> Any:
         """The group's leader: PrefillLeader or DecodeLeader."""
         return self.node._leader

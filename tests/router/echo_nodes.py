@@ -41,6 +41,7 @@ class Faults:
 
     refuse: every new sequence ends with this error. fail_at: so does the one that reaches this output index.
     die_at: the stream breaks when a sequence reaches this output index. die_at_flush: it does when the node is told to flush.
+    deadly: the stream breaks whenever a sequence is to make a token, as if each were what the node cannot survive.
     stutter: every event is said twice, and the first one of a sequence again with each later one.
     deaf: a router's protocol version is not looked at, as if this node knew of none.
     silent: sequences and flushes are taken and nothing is ever said about them.
@@ -57,6 +58,7 @@ class Faults:
     fail_at: tuple[int, BatonError] | None = None
     die_at: int | None = None
     die_at_flush: bool = False
+    deadly: bool = False
     stutter: bool = False
     deaf: bool = False
     silent: bool = False
@@ -318,7 +320,7 @@ class Session:
 
     def _survives(self, sequence: EchoSequence) -> bool:
         faults = self._node.faults
-        if faults.die_at == sequence.next_index:
+        if faults.deadly or faults.die_at == sequence.next_index:
             faults.die_at = None
             raise ConnectionError("died on purpose")
         if faults.fail_at is not None and faults.fail_at[0] == sequence.next_index:

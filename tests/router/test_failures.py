@@ -16,7 +16,7 @@ from baton.errors import (
     TooLarge,
     Unavailable,
 )
-from router.failures import casts_doubt, is_bug, lease_gone, says_full, worth_another
+from router.failures import casts_doubt, final, is_bug, is_loss, lease_gone, says_full, worth_another
 
 WEATHER = [NodeLost, LeaseLost, Unavailable, Cancelled, DeadlineExceeded, Incompatible, ResourceExhausted]
 
@@ -84,3 +84,33 @@ def test_a_lease_that_is_gone_is_known_by_its_cause_when_its_class_did_not_trave
 )
 def test_only_a_pull_says_that_two_nodes_do_not_reach_each_other(error: BatonError, doubt: bool) -> None:
     assert casts_doubt(error) == doubt
+
+
+@pytest.mark.parametrize(
+    ("error", "loss"),
+    [
+        (NodeLost("the stream broke", stage="router"), True),
+        (NodeLost("the node is shutting down", stage="decode"), True),
+        (Unavailable("a step has taken 30 s", cause="step_stalled"), True),
+        (Unavailable("rank 1 is silent", cause="rank_silent"), True),
+        (NodeLost("no answer", stage="pull", cause="handshake"), False),
+        (NodeLost("prefill-0 has closed the Pull", stage="pull"), False),
+        (LeaseLost("revoked", stage="pull"), False),
+        (Unavailable("taken out of use", stage="router", cause="handed_over"), False),
+        (InternalError("step failed", stage="decode"), False),
+    ],
+)
+def test_a_loss_is_a_node_that_ended_not_one_that_another_cannot_reach(error: BatonError, loss: bool) -> None:
+    assert is_loss(error) == loss
+
+
+def test_what_the_client_is_told_in_the_end_is_not_its_own_fault_and_no_invitation() -> None:
+    lost = final(NodeLost("the stream broke", stage="router", node="decode-0"))
+    assert isinstance(lost, NodeLost)
+    assert (lost.cause, lost.node, lost.retryable, lost.http_status) == ("node_losses", "decode-0", False, 503)
+    strange = final(InvalidRequest("block 9 is outside", stage="pull", node="decode-0"))
+    assert isinstance(strange, InternalError)
+    assert (strange.stage, strange.node, strange.http_status) == ("pull", "decode-0", 500)
+    assert "block 9" in strange.message
+    for error in (InternalError("step failed", stage="decode"), InvalidRequest("too long", stage="prefill")):
+        assert final(error) is error

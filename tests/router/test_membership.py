@@ -121,7 +121,7 @@ def test_whatever_happens_only_groups_that_speak_and_may_work_get_work(steps: li
 
 
 def siblings(cluster: Cluster, groups: tuple[Group, ...]) -> list[Group]:
-    return [other for group in groups for other in cluster.registry.siblings(group)]
+    return [other for group in groups for other in cluster.registry.of(group.node) if other.number != group.number]
 
 
 @pytest.mark.parametrize(

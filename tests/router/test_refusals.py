@@ -76,7 +76,8 @@ async def test_a_node_that_fits_nobody_is_passed_by(make_dispatcher: MakeDispatc
     await until(lambda: refused.refusal, "the refusal")
     answers = await asyncio.gather(*(collect(dispatcher, asked(max_tokens=40)) for _ in range(8)))
     assert {text_of(chunks) for chunks in answers} == {echo(40)}
-    assert not other.received and not refused.proven
+    # Alone it may have been proven, if it came before anyone it could be compared with.
+    assert all(request.request_id.startswith("proof-") for request in other.received) and not refused.proven
     assert dispatcher.model_card().max_model_len == decode.max_model_len
 
 

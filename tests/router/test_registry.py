@@ -187,7 +187,7 @@ def test_a_silent_group_holds_the_others_of_its_node() -> None:
     for pair in registry.pairs():
         pair.proven = True
     assert registry.judged(second, GroupEvent.SILENT, "")
-    assert (first.ready, first.held_by, other.ready, registry.siblings(second)) == (False, "decode-0/1", True, (first,))
+    assert (first.ready, first.held_by, other.ready, registry.of("decode-0")) == (False, "decode-0/1", True, (first, second))
     assert {pair.decode for pair in registry.usable()} == {other}
     assert "decode-0/0 has to wait for decode-0/1" in registry.summary()
     registry.loaded(second, GroupLoad())
@@ -330,3 +330,13 @@ def test_a_group_that_nobody_can_work_with_limits_nobody() -> None:
     joined(registry, Role.DECODE, "decode-0", max_model_len=1024)
     joined(registry, Role.DECODE, "decode-1", max_model_len=16, dtype="float32")
     assert registry.max_model_len() == 1024
+
+
+def test_a_wish_about_an_address_ends_with_it_if_nobody_there_has_said_its_name() -> None:
+    registry = Registry()
+    registry.add(Role.DECODE, "host:1")
+    assert registry.drain("host:1")
+    registry.remove("host:1")
+    another = registry.add(Role.DECODE, "host:1")
+    registry.joined(another, hello("decode-0"), GroupLoad())
+    assert another.ready

@@ -139,6 +139,7 @@ async def test_a_client_that_reads_nothing_is_given_up(model_dir: Path) -> None:
         await until(lambda: b'baton_requests_total{outcome="slow_client"} 1.0' in router.server.dispatcher.metrics())
         assert router.server.dispatcher.num_running == 0
         await until(lambda: router.decode.num_active == 0)  # as soon as the Cancels have arrived
+        await until(lambda: not any("Inference/Generate" in task.get_name() for task in asyncio.all_tasks()))  # nor has it a call any more
         with pytest.raises(grpc.RpcError, match="unread"):
             while await call.read() is not grpc.aio.EOF:
                 pass

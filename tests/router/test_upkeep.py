@@ -72,6 +72,40 @@ async def test_a_retired_node_is_let_go_once_it_is_idle_and_may_come_back(make_d
     assert len(first.received) > before
 
 
+async def test_a_node_that_is_restored_meanwhile_is_neither_left_nor_retired(make_dispatcher: MakeDispatcher) -> None:
+    dispatcher, (_, first, second) = await two_decode_nodes(make_dispatcher)
+    running = [asyncio.create_task(collect(dispatcher, asked(max_tokens=100))) for _ in range(2)]
+    await until(lambda: first.num_speaking == second.num_speaking == 1, "one sequence on each")
+    draining = asyncio.create_task(dispatcher.drain("decode-0", 20, retire=True))
+    await asyncio.sleep(0)
+    dispatcher.restore("decode-0")
+    assert await draining == Drained(idle=False), "at once: nobody wants it any more"
+    assert first.num_active == 1
+    assert [text_of(await answer) for answer in running] == [echo(100)] * 2
+    assert [notice.kind for notice in await dispatcher.notices.take(20)] == ["restore"]
+
+
+async def test_a_node_that_is_rebuilt_while_it_drains_is_retired_in_its_new_life(make_dispatcher: MakeDispatcher) -> None:
+    dispatcher, (_, first, second) = await two_decode_nodes(make_dispatcher)
+    running = [asyncio.create_task(collect(dispatcher, asked(max_tokens=60))) for _ in range(2)]
+    await until(lambda: first.num_speaking == second.num_speaking == 1, "one sequence on each")
+    draining = asyncio.create_task(dispatcher.drain("decode-0", 20, retire=True))
+    await asyncio.sleep(0)
+    reborn = EchoNode("decode", "decode-0")
+    try:
+        address = await reborn.start()
+        dispatcher.add_group("decode", address)
+        await until(lambda: len(dispatcher.fleet.registry.of("decode-0")) == 2, "its new life")
+        await dispatcher.remove_group(first.address)
+        assert await draining == Drained(idle=True)
+        (notice,) = await dispatcher.notices.take(20)
+        assert (notice.kind, notice.address) == ("retire", address)
+        assert [text_of(await answer) for answer in running] == [echo(60)] * 2
+    finally:
+        await dispatcher.close()
+        await reborn.stop()
+
+
 async def test_a_node_that_is_only_reported_can_be_retired_and_restored(make_dispatcher: MakeDispatcher) -> None:
     dispatcher, _ = await two_decode_nodes(make_dispatcher)
     dispatcher.report_node(NodeReport("decode-2", "decode", "waiting", "rank 0 died", lives=2))

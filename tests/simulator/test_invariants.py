@@ -13,7 +13,7 @@ EXPECTED = answer(PROMPT, Sampling(max_tokens=4, temperature=0.0))
 
 
 def record(timeout_s: float = 10.0, **facts) -> Record:
-    given = {"roomy": False, "sure": True, **facts}
+    given = {"roomy": False, "sure": True, "tokenless": False, **facts}
     return Record("request 0", 100.0, timeout_s, [ChoiceRecord(EXPECTED, logprobs=False)], len(PROMPT), **given)
 
 
@@ -80,6 +80,7 @@ def test_a_second_end_is_seen():
         (ResourceExhausted("x"), 100.1, {}),
         (Unavailable("x", cause="no_nodes"), 109.0, {}),
         (Unavailable("x"), 101.0, {"excused": True}),
+        (InternalError("x", cause="logits"), 101.0, {"tokenless": True}),
     ],
 )
 def test_some_errors_may_be_told(error, at_s, facts):

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.schedule import _KINDS, _SEASONS, BLOCK_SIZE, MAX_MODEL_LEN, schedule
+from simulator.schedule import BLOCK_SIZE, KINDS, MAX_MODEL_LEN, SEASONS, schedule
 
 seeds = st.integers(0, 2**63)
 
@@ -34,8 +34,8 @@ def test_faults_have_targets(seed):
 
 def test_all_seasons_and_kinds_of_faults_come():
     plans = [schedule(seed) for seed in range(3000)]
-    assert Counter(plan.season for plan in plans).keys() == _SEASONS.keys()
-    assert {fault.kind for plan in plans for fault in plan.faults} == {kind for kinds in _KINDS.values() for kind in kinds}
+    assert Counter(plan.season for plan in plans).keys() == SEASONS.keys()
+    assert {fault.kind for plan in plans for fault in plan.faults} == {kind for kinds in KINDS.values() for kind in kinds}
 
 
 def test_layouts_differ():
