@@ -16,7 +16,7 @@ from baton.errors import BatonError, Cancelled, InternalError
 from decode_node.outcome import Admitted
 from decode_node.pull import Portion, PullEvent, PullLife, PullState, portions
 from decode_node.scheduler import DecodeScheduler
-from kv_transfer.client import PullClient
+from kv_transfer.client import Pull, PullClient
 from kv_transfer.lease import Announced, FinalToken
 from kv_transfer.tcp_frame import MAX_BLOCKS
 from kv_transfer.transport import Export
@@ -207,15 +207,16 @@ class Intake:
         async with self._client.pull(source.address, source.incarnation, number, attempt, pull.matched, pull.deadline) as stream:
             pull.life.on(PullEvent.QUEUED)
             while pull.life.state is not PullState.RELEASING:
-                await self._take(pull, await anext(stream))
+                await self._take(pull, stream, await anext(stream))
             await stream.release()
             pull.life.on(PullEvent.RELEASED)
 
-    async def _take(self, pull: _UnderWay, announced: Announced) -> None:
+    async def _take(self, pull: _UnderWay, stream: Pull, announced: Announced) -> None:
         pull.life.announced(announced)
         pull.last_announced_s = now_s()
         for portion in portions(announced, self.max_read_blocks):
             await self._read(pull, portion)
+            await stream.progress()
         final = pull.life.final
         if final is None:
             pull.life.on(PullEvent.VERIFIED)

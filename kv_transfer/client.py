@@ -13,7 +13,7 @@ import grpc
 
 from baton import rpc
 from baton.config import PROTOCOL_VERSION
-from baton.deadline import Deadline
+from baton.deadline import Deadline, now_s
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, Incompatible, InvalidRequest, LeaseLost, NodeLost
 from baton.v1 import inference_pb2, node_pb2, transfer_pb2, transfer_pb2_grpc
 from baton.wire import error_from_message, finish_from_message, logprob_from_message
@@ -25,6 +25,7 @@ from kv_transfer.transport import NONCE_BYTES, Export
 OpenChannel = Callable[[str], grpc.aio.Channel]
 PullCall = grpc.aio.StreamStreamCall[transfer_pb2.PullRequest, transfer_pb2.PullReply]
 MAX_CHANNELS = 64
+PROGRESS_S = 1.0
 
 
 def surplus(open_pulls: Mapping[str, int], most: int) -> tuple[str, ...]:
@@ -100,11 +101,19 @@ class PullClient:
     """Opens Pulls at prefill leaders over one channel per address. One event loop owns it; ended by `close`.
 
     handshake_s: within it a peer must answer a Pull or a release, or it counts as lost. open_channel: how (TLS) to connect.
-    max_channels: how many are kept while no Pull uses them.
+    max_channels: how many are kept while no Pull uses them. progress_s: how often a source is told, at most, that reads go on.
     """
 
-    def __init__(self, *, handshake_s: float = 5.0, open_channel: OpenChannel = rpc.open_channel, max_channels: int = MAX_CHANNELS) -> None:
+    def __init__(
+        self,
+        *,
+        handshake_s: float = 5.0,
+        open_channel: OpenChannel = rpc.open_channel,
+        max_channels: int = MAX_CHANNELS,
+        progress_s: float = PROGRESS_S,
+    ) -> None:
         self._handshake_s = handshake_s
+        self._progress_s = progress_s
         self._lines = Lines(open_channel, max_channels)
 
     @property
@@ -120,7 +129,7 @@ class PullClient:
             have_blocks=have_blocks,
             protocol_version=PROTOCOL_VERSION,
         )
-        return Pull(self._lines, address, opening, self._handshake_s, deadline)
+        return Pull(self._lines, address, opening, self._handshake_s, deadline, self._progress_s)
 
     async def close(self) -> None:
         """Close all channels; Pulls under way end with NodeLost."""
@@ -136,16 +145,26 @@ class Pull:
     leaving is left.
     """
 
-    def __init__(self, lines: Lines, address: str, opening: transfer_pb2.PullOpen, handshake_s: float, deadline: Deadline) -> None:
+    def __init__(
+        self,
+        lines: Lines,
+        address: str,
+        opening: transfer_pb2.PullOpen,
+        handshake_s: float,
+        deadline: Deadline,
+        progress_s: float = PROGRESS_S,
+    ) -> None:
         self._lines = lines
         self._address = address
         self._opening = opening
         self._handshake_s = handshake_s
         self._deadline = deadline
+        self._progress_s = progress_s
         self._line: _Line | None = None
         self._call: PullCall | None = None
         self._complete = False
         self._lost = False  # the peer: another Pull should try another channel
+        self._said_s = now_s()  # when the peer last heard of us
 
     async def __aenter__(self) -> Self:
         self._line = self._lines.take(self._address)
@@ -183,27 +202,44 @@ class Pull:
         self._complete = announced.final is not None
         return announced
 
+    async def progress(self) -> None:
+        """Say, at most every progress_s, that reads go on, so that the lease does not expire under them."""
+        if now_s() - self._said_s < self._progress_s:
+            return
+        self._said_s = now_s()
+        try:
+            async with asyncio.timeout(self._deadline.sooner(self._handshake_s).left_s()):
+                await self._say(transfer_pb2.PullRequest(progress=transfer_pb2.PullProgress()))
+        except TimeoutError as error:
+            raise self._silent() from error
+
     async def release(self) -> None:
         """All reads have ended well: the source may use the blocks again. Only after the final announcement; returns when it is agreed."""
         await self._ask(transfer_pb2.PullRequest(release=transfer_pb2.PullRelease(attempt=self._opening.attempt)), "released")
 
     async def _ask(self, request: transfer_pb2.PullRequest, answer: str) -> None:
         """Say something and be answered, both within the handshake deadline."""
-        assert self._call is not None, "enter the Pull first"
         try:
             async with asyncio.timeout(self._deadline.sooner(self._handshake_s).left_s()):
-                # A call that is over says why when it is read.
-                with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-                    await self._call.write(request)
+                await self._say(request)
                 reply = await self._read()
         except TimeoutError as error:
-            if self._deadline.passed():
-                raise DeadlineExceeded("no time left for the Pull", stage="pull", node=self._address) from error
-            self._lost = True
-            message = f"{self._address} has not answered the Pull within {self._handshake_s} s"
-            raise NodeLost(message, stage="pull", node=self._address, cause="handshake") from error
+            raise self._silent() from error
         if reply.WhichOneof("reply") != answer:
             raise self._nonsense(reply)
+
+    async def _say(self, request: transfer_pb2.PullRequest) -> None:
+        assert self._call is not None, "enter the Pull first"
+        # A call that is over says why when it is read.
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            await self._call.write(request)
+
+    def _silent(self) -> BatonError:
+        if self._deadline.passed():
+            return DeadlineExceeded("no time left for the Pull", stage="pull", node=self._address)
+        self._lost = True
+        message = f"{self._address} has not answered the Pull within {self._handshake_s} s"
+        return NodeLost(message, stage="pull", node=self._address, cause="handshake")
 
     async def _read(self) -> transfer_pb2.PullReply:
         assert self._call is not None, "enter the Pull first"

@@ -144,7 +144,7 @@ class Lease:
 class LeaseTable:
     """All leases of one prefill incarnation, bounded in number; ended ones go to `take_settled`, then become tombstones.
 
-    lease_s: a complete lease expires this long after the last announcement or pull. handshake_s: how long a Pull waits for its request.
+    lease_s: a complete lease expires this long after the last announcement, pull or word of a read. handshake_s: how long a Pull waits for its request.
     Tombstones: at most max_tombstones (the oldest goes first), kept tombstone_s, which should outlive a request.
     max_links: so many Pulls may be open at a time; fewer than leases, so that Pulls of unknown numbers leave room for requests.
     """
@@ -247,6 +247,12 @@ class LeaseTable:
         self._unlink(lease, attempt)  # the release says that its reads have ended, before its stream does
         self._end(lease, LeaseEvent.RELEASE, now_s)
         return lease
+
+    def read(self, number: int, attempt: int, now_s: float) -> None:
+        """The newest link is still reading: the lease is counted from now. What others say is late."""
+        lease = self._leases.get(number)
+        if lease is not None and attempt in lease.links and attempt == lease.attempt:
+            self._touch(lease, now_s)
 
     def close(self, number: int, attempt: int, now_s: float) -> None:
         """A link has closed: its reads have ended, or its peer is dead or fenced for good."""

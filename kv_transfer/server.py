@@ -184,9 +184,12 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
             link.end()
 
     def _heard(self, link: _Link, request: transfer_pb2.PullRequest) -> None:
+        if request.WhichOneof("request") == "progress":
+            self._table.read(link.number, link.attempt, now_s())  # a later deadline: the timer finds it when it looks
+            return
         try:
             if request.WhichOneof("request") != "release" or request.release.attempt != link.attempt:
-                raise InvalidRequest("after open, a Pull takes only the release of its own attempt", stage="pull")
+                raise InvalidRequest("after open, a Pull takes only progress and the release of its own attempt", stage="pull")
             self._table.release(link.number, link.attempt, now_s())
             link.released = True
             link.end()

@@ -8,12 +8,14 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class PullRequest(_message.Message):
-    __slots__ = ("open", "release")
+    __slots__ = ("open", "release", "progress")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     open: PullOpen
     release: PullRelease
-    def __init__(self, open: _Optional[_Union[PullOpen, _Mapping]] = ..., release: _Optional[_Union[PullRelease, _Mapping]] = ...) -> None: ...
+    progress: PullProgress
+    def __init__(self, open: _Optional[_Union[PullOpen, _Mapping]] = ..., release: _Optional[_Union[PullRelease, _Mapping]] = ..., progress: _Optional[_Union[PullProgress, _Mapping]] = ...) -> None: ...
 
 class PullOpen(_message.Message):
     __slots__ = ("lease", "attempt", "have_blocks", "protocol_version")
@@ -26,6 +28,10 @@ class PullOpen(_message.Message):
     have_blocks: int
     protocol_version: int
     def __init__(self, lease: _Optional[_Union[_node_pb2.LeaseId, _Mapping]] = ..., attempt: _Optional[int] = ..., have_blocks: _Optional[int] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+
+class PullProgress(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class PullRelease(_message.Message):
     __slots__ = ("attempt",)

@@ -193,6 +193,22 @@ async def test_an_unread_lease_expires_and_its_pull_with_it(make: Callable[..., 
     await source.hears("ended", 2, LeaseState.EXPIRED)
 
 
+async def test_a_lease_does_not_expire_while_its_blocks_are_being_read(make: Callable[..., Awaitable[Source]]) -> None:
+    """Design rule 5: a lease is counted from the last announcement or read. The reads here take three times as long as the lease."""
+    source, client = await make(lease_s=0.5), PullClient(progress_s=0.1)
+    source.service.open(1, Deadline.after(SOON))
+    async with pull(client, source) as stream:
+        source.service.announce(1, 0, [(5, 1)], FINAL)
+        await anext(stream)
+        until = Deadline.after(1.5)
+        while not until.passed():
+            await asyncio.sleep(0.05)  # a portion
+            await stream.progress()
+        await stream.release()
+    await source.hears("ended", 1, LeaseState.RELEASED)
+    await client.close()
+
+
 async def test_a_request_that_fails_tells_its_puller_why(source: Source, client: PullClient) -> None:
     source.service.open(1, soon())
     async with pull(client, source) as stream:
