@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import resource
+import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,12 +101,18 @@ def make_server(
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),
-            ("grpc.max_allowed_incoming_connections", max_connections),
+            ("grpc.max_allowed_incoming_connections", min(max_connections, descriptors() // 4)),
             ("grpc.max_concurrent_streams", MAX_CALLS),  # on one connection
             ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
             *([("grpc.max_connection_idle_ms", int(1000 * idle_s))] if idle_s else []),
         ),
     )
+
+
+def descriptors() -> int:
+    """How many files and sockets this process may have open: what its servers share."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 def bind(server: grpc.aio.Server, host: str, port: int) -> int:

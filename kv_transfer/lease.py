@@ -144,7 +144,8 @@ class Lease:
 class LeaseTable:
     """All leases of one prefill incarnation, bounded in number; ended ones go to `take_settled`, then become tombstones.
 
-    lease_s: a complete lease expires this long after the last announcement, pull or word of a read. handshake_s: how long a Pull waits for its request.
+    lease_s: a complete lease expires this long after the last announcement, pull or word of a read.
+    handshake_s: how long a Pull waits for its request.
     Tombstones: at most max_tombstones (the oldest goes first), kept tombstone_s, which should outlive a request.
     max_links: so many Pulls may be open at a time; fewer than leases, so that Pulls of unknown numbers leave room for requests.
     """

@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from baton.engine.batch import Batch, Sampled
-from baton.engine.lockstep import WakeState
+from baton.engine.lockstep import MOST_AHEAD, WakeState
 from baton.engine.runner import StepOutcome
-from baton.errors import BatonError
+from baton.errors import BatonError, InvalidRequest
 
 Step = Callable[[Batch | None], Awaitable[StepOutcome]]
 WakeOthers = Callable[[int], Awaitable[None]]
@@ -67,7 +67,9 @@ class Drive:
         self._nudge.set()
 
     def wake(self, epoch: int) -> None:
-        """Another rank of the domain starts step `epoch`; stale wakes are dropped by rule."""
+        """Another rank of the domain starts step `epoch`; stale wakes are dropped by rule. InvalidRequest for one that cannot be."""
+        if epoch > self._state.epoch + MOST_AHEAD:
+            raise InvalidRequest(f"a wake for step {epoch}, which cannot have begun: this rank has finished {self._state.epoch}")
         if self._state.on_wake(epoch):
             self._nudge.set()
 

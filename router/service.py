@@ -20,7 +20,7 @@ from baton.errors import BatonError, Cancelled, InternalError, Unauthenticated
 from baton.request import Chunk
 from baton.rpc import Health, abort
 from baton.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, node_pb2
-from baton.wire import chunk_to_message, counts_to_message, generate_request_from_message
+from baton.wire import chunk_to_message, counts_to_message, generate_request_from_message, time_left_from_message
 from router.choices import whole
 from router.dispatch import Dispatcher
 from router.heard import GroupLoad
@@ -122,7 +122,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """Send no new work to a node; what is still there after timeout_s (0: at once) goes on elsewhere."""
         await check_key(self._keys, context)
         try:
-            drained = await self._dispatcher.drain(request.node, request.timeout_s, request.retire)
+            timeout_s = time_left_from_message(request.timeout_s)
+            drained = await self._dispatcher.drain(request.node, timeout_s, request.retire)
         except BatonError as error:
             await abort(context, error)
         return admin_pb2.DrainReply(idle=drained.idle, handed_over=drained.handed_over)

@@ -46,7 +46,7 @@ class Connections:
             self.refusals.add("connections", f"{num_open} are open, at most {self._most} may be")
             idlest = next(iter(self._idle), connection)
             self._idle.pop(idlest, None)  # now: it is closed only once the loop has come round
-            idlest.leave()
+            idlest.make_room()
         if not connection.leaving:
             self._idle[connection] = None
 
@@ -122,9 +122,9 @@ class Connection(H11Protocol):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
-    def leave(self) -> None:
-        """Close it: nothing is lost that was under way."""
-        self.transport.close()
+    def make_room(self) -> None:
+        """End it now: nothing is under way, but for an answer that its client may have left unread."""
+        self.transport.abort()
 
     @property
     def leaving(self) -> bool:
@@ -168,4 +168,4 @@ class Connection(H11Protocol):
     def _give_up(self) -> None:
         if self._wait is _Wait.REST:
             self._all.refusals.add("slow_head", self.client)
-        self.leave()
+        self.transport.close()

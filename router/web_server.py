@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import resource
 import socket
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from baton.errors import ConfigError
+from baton.rpc import descriptors
 from baton.telemetry import Refusals
 from router.web_connection import Connection, Connections
 
@@ -82,7 +82,7 @@ async def serve(
     to nothing. max_connections: at most, and at most half of the descriptors that this process may have.
     """
     listener = _listen(host, port)
-    most = min(max_connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    most = min(max_connections, descriptors() // 2)
     connections = Connections(refusals or Refusals("http", log), most=most, head_s=head_s, idle_s=KEEP_ALIVE_S)
     config = uvicorn.Config(
         app,

@@ -76,11 +76,11 @@ KINDS: dict[Season, dict[Kind, int]] = {
 _NUM_FAULTS: dict[Season, tuple[int, int]] = {
     "calm": (0, 1),
     "tight": (0, 2),
-    "nodes": (1, 3),
-    "links": (1, 3),
+    "nodes": (1, 4),
+    "links": (1, 4),
     "lossy": (2, 4),
     "router": (1, 2),
-    "storm": (3, 6),
+    "storm": (4, 8),
 }
 
 

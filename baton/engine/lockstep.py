@@ -12,6 +12,8 @@ did join N + 1).
 
 from __future__ import annotations
 
+MOST_AHEAD = 3  # steps that a wake may be ahead of a rank: a step that computes is not finished without it
+
 
 class WakeState:
     """Sleep and wake of one rank. State owner: the rank's loop. A rank is born asleep, having finished step 0.
@@ -28,7 +30,7 @@ class WakeState:
 
     def on_wake(self, epoch: int) -> bool:
         """Another rank wants all to join step `epoch`. True if this rank slept and must join it now."""
-        assert epoch <= self.epoch + 3, "a step that computes was finished without this rank"
+        assert epoch <= self.epoch + MOST_AHEAD, "a step that computes was finished without this rank"
         self._called_to = max(self._called_to, epoch)
         if epoch != self.epoch + 1 or not self.asleep:
             return False

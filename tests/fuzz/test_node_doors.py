@@ -170,6 +170,9 @@ async def test_a_rank_hears_anything_from_other_ranks(decode: InProcess, data: s
         async with open_channel(decode.host.address.control) as channel, asyncio.timeout(PATIENCE_S):
             calls = [channel.unary_unary(f"/baton.v1.RankControl/{name}")(line, timeout=PATIENCE_S / 2) for name, line in batch]
             ends = await asyncio.gather(*calls, return_exceptions=True)
+            with pytest.raises(grpc.aio.AioRpcError, match="which cannot have begun"):
+                far = rank_pb2.WakeRequest(epoch=data.draw(st.integers(2**20, 2**64 - 1)))
+                await channel.unary_unary("/baton.v1.RankControl/Wake")(packed(far))
         for said_to, end in zip(batch, ends, strict=True):
             assert isinstance(end, bytes) or (isinstance(end, grpc.aio.AioRpcError) and end.code() not in BUGS), (said_to, end)
             assert isinstance(end, bytes) or to_error(end).cause != "deadline", said_to
