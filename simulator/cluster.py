@@ -34,7 +34,10 @@ class SimNode:
 
 
 class SimCluster:
-    """State owner: the world. counts: what happened, by name. on_life: told of every router life that has begun or ended."""
+    """State owner: the world. counts: what happened, by name. groups_ever: of all lives, whose memory may still be read.
+
+    on_router_lost: called when the router dies, is stopped or begins to leave. router_leaves: whether it takes no more requests.
+    """
 
     def __init__(self, network: Network, schedule: Schedule, chance: random.Random, make_leader: MakeLeader) -> None:
         self.network = network

@@ -186,5 +186,5 @@ class Link:
 
     @property
     def deaf(self) -> bool:
-        """Whether nobody answers keepalives: silence, or a stopped process at either end."""
-        return self.silent or self.near.stopped or self.far.stopped
+        """Whether nobody answers keepalives: silence, or a process at either end that is stopped or dead."""
+        return self.silent or self.near.halted or self.far.halted

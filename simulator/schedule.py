@@ -256,7 +256,7 @@ def _config(chance: random.Random, nodes: tuple[NodePlan, ...], tight: bool) -> 
             max_running=chance.choice((2, 4)) if few else 64,
             max_queue=chance.choice((0, 2, 64)) if few else 64,
             slow_client_s=3.0,
-            no_node_s=20.0,
+            no_node_s=45.0,
             timeout_s=60.0,
         ),
         membership=MembershipConfig(stall_s=15.0),
