@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,9 +37,17 @@ def test_two_engines_in_one_process_agree_and_leave_nothing(tiny_model: Path, tm
         assert one.status()["pairs"]
         assert all(rank.idle() for engine in (one, two) for rank in engine.wait_idle())
         assert len(two.counts()) == 3
-    assert "ray" not in sys.modules, "a private Ray must not come into the caller's process"
     assert dict(os.environ) == environ_before
     gone(footprint)
+
+
+def test_ray_does_not_come_into_the_callers_process(tiny_model: Path) -> None:
+    """In a process of its own: tests of this one import Ray."""
+    asks = f"Engine({str(tiny_model)!r}, {SETTINGS!r}).close()"
+    code = f"import sys\nfrom cluster.offline import Engine\nif __name__ == '__main__':\n    {asks}\n    print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert "cluster.offline" in done.stdout.split()
+    assert "ray" not in done.stdout.split()
 
 
 def test_what_the_machine_cannot_run_is_refused_before_anything_starts(tiny_model: Path, tmp: Path) -> None:

@@ -68,7 +68,7 @@ SNIPPETS = [
 ]
 
 
-@effort(100)
+@effort(40)
 @given(data=st.data())
 def test_a_line_of_the_keepers_pipe_is_a_message_or_none(data: st.DataObject) -> None:
     line = data.draw(st.sampled_from(LINES).flatmap(lambda message: noise(message.model_dump_json().encode())))
@@ -94,7 +94,7 @@ def settings_files(draw: st.DrawFn) -> bytes:
     return draw(st.just(raw) | noise(raw) | st.sampled_from(SNIPPETS).map(lambda text: text.encode(errors="replace")))
 
 
-@effort(150)
+@effort(50)
 @given(raw=settings_files())
 def test_a_configuration_is_one_or_is_refused_in_few_words(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "baton.yaml"
@@ -105,7 +105,7 @@ def test_a_configuration_is_one_or_is_refused_in_few_words(tmp_path: Path, raw: 
         assert len(refused.message) < 20_000
 
 
-@effort(100)
+@effort(40)
 @given(
     content=st.recursive(
         st.none() | st.integers() | st.text(max_size=5) | st.floats(),
@@ -123,7 +123,7 @@ def test_a_setting_may_have_any_value_and_is_judged(tmp_path: Path, content: Any
         assert any(f"\n  {name}" in refused.message for name in ("router", "membership", "kv_memory"))
 
 
-@effort(100)
+@effort(40)
 @given(data=st.data())
 def test_a_body_is_an_object_of_text_and_numbers_or_is_refused(data: st.DataObject) -> None:
     values = st.recursive(
