@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from baton.deadline import Deadline
+from baton.deadline import Deadline, now_s
 from baton.errors import NotFound
 from router.fleet import Fleet
 from router.membership import NodeReport
@@ -23,11 +23,15 @@ class Drained:
 
 
 class Upkeep:
-    """State owner: the registry keeps every wish. settle_s: how long a node gets to say that it has let go of what was handed over."""
+    """State owner: the registry keeps every wish. settle_s: how long a node gets to say that it has let go of what was handed over.
+
+    A node that broke is counted as away from then until it serves or is retired.
+    """
 
     def __init__(self, fleet: Fleet, settle_s: float) -> None:
         self._fleet = fleet
         self._settle_s = settle_s
+        self._away_since_s: dict[str, float] = {}
 
     async def drain(self, node: str, timeout_s: float, *, retire: bool = False) -> Drained:
         """Send no new work to a node; what is still there after timeout_s goes on elsewhere, if there is an elsewhere.
@@ -57,7 +61,18 @@ class Upkeep:
     def report(self, report: NodeReport) -> None:
         """The supervisor says how a node is; shown to operators and in errors."""
         self._fleet.registry.reports[report.node] = report
+        self._count(report)
         self._fleet.notify()
+
+    def _count(self, report: NodeReport) -> None:
+        metrics, node = self._fleet.metrics, report.node
+        if report.stage == "broken" and node not in self._away_since_s:
+            self._away_since_s[node] = now_s()
+            metrics.node_dead(node)
+        elif report.stage in ("serving", "retired"):
+            since_s = self._away_since_s.pop(node, None)
+            if since_s is not None and report.stage == "serving":
+                metrics.node_back(node, now_s() - since_s)
 
     def unknown(self, node: str) -> NotFound:
         """The error for a node that nobody knows."""

@@ -165,3 +165,12 @@ async def test_winding_down_ends_after_its_time_or_when_it_is_cut_short(make_dis
     for request in running:
         with pytest.raises(Unavailable, match="shutting down"):
             await request
+
+
+async def test_a_broken_node_is_counted_once_and_so_is_its_return(make_dispatcher: MakeDispatcher) -> None:
+    dispatcher, _ = await two_decode_nodes(make_dispatcher)
+    for stage in ("serving", "broken", "waiting", "broken", "placing", "loading", "serving", "serving"):
+        dispatcher.report_node(NodeReport("decode-1", "decode", stage, "rank 0 died", lives=2))
+    told = dispatcher.metrics().decode()
+    assert 'baton_node_deaths_total{node="decode-1"} 1.0' in told
+    assert 'baton_node_away_seconds_count{node="decode-1"} 1.0' in told
