@@ -45,9 +45,7 @@ def serve(config: BatonConfig, *, show_logs: bool = False) -> int:
             describe(config, console)
             print(ready_line(info), flush=True)
             ready = True
-            _watch(cluster, config, info, console)
-        except Terminated:
-            _drain(cluster, config, console)
+            _watch_until_terminated(cluster, config, info, console)
         except KeyboardInterrupt:
             console.print("stopping ...", highlight=False, soft_wrap=True)
     return 0
@@ -99,13 +97,13 @@ def first_signal_interrupts(gently: Callable[[], bool] = lambda: False) -> Itera
             signal.signal(signum, former)
 
 
-def _drain(cluster: KeptCluster, config: BatonConfig, console: Console) -> None:
-    """Let running requests finish, unless another signal says that nobody wants to wait for them."""
-    console.print(f"finishing what runs, for up to {config.router.drain_s:g} s (a signal ends it at once) ...", highlight=False)
+def _watch_until_terminated(cluster: KeptCluster, config: BatonConfig, info: ClusterInfo, console: Console) -> None:
+    """Say what happens until SIGTERM, then let running requests finish. Any further signal goes through: nobody wants to wait."""
     try:
+        _watch(cluster, config, info, console)
+    except Terminated:
+        console.print(f"finishing what runs, for up to {config.router.drain_s:g} s (a signal ends it at once) ...", highlight=False)
         cluster.wind_down()
-    except KeyboardInterrupt:
-        console.print("stopping ...", highlight=False, soft_wrap=True)
 
 
 def _watch(cluster: KeptCluster, config: BatonConfig, info: ClusterInfo, console: Console) -> None:
