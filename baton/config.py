@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from baton.errors import ConfigError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 _MAX_SIZE_CHARS = 40
@@ -54,11 +54,11 @@ class PrefillConfig(Section):
     moe: Literal["experts", "tensor"] = Field(
         "experts", description="how tp ranks share experts: experts (each holds some of them whole) or tensor (each holds a slice of all)"
     )
-    max_step_tokens: int = Field(2048, ge=16, description="tokens computed in one step: the size of a prompt's chunks")
+    max_step_tokens: int = Field(512, ge=16, description="tokens computed in one step: the size of a prompt's chunks")
     max_sequences: int = Field(64, ge=1, description="prompts computed at the same time")
     max_waiting: int = Field(1024, ge=0, description="prompts that may wait on one node; more are refused")
     max_unaccepted: int = Field(4, ge=0, description="prompts that may start before a decode group has reserved room for them")
-    threads: int = Field(0, ge=0, description="compute threads per rank; 0: the cores of the host divided among its ranks")
+    threads: int = Field(0, ge=0, description="cores that a rank has for itself; 0: those of the host divided among its ranks")
 
 
 class DecodeConfig(Section):
@@ -79,7 +79,7 @@ class DecodeConfig(Section):
         ge=16,
         description="prompt tokens computed in one step, when a decode node has to compute prompts itself because no prefill node is left",
     )
-    threads: int = Field(0, ge=0, description="compute threads per rank; 0: the cores of the host divided among its ranks")
+    threads: int = Field(0, ge=0, description="cores that a rank has for itself; 0: those of the host divided among its ranks")
 
 
 class TransferConfig(Section):
@@ -172,6 +172,14 @@ class BatonConfig(Section):
     max_model_len: int = Field(0, ge=0, description="longest prompt plus answer, tokens; 0: the model's limit, or what fits")
     block_size: int = Field(16, ge=1, le=256, description="token slots per KV block, equal within a cluster")
     kv_memory: Bytes = Field(512 * 2**20, description="KV cache per rank, bytes (or 512MiB, 2GiB)")
+    lend_cores: bool = Field(
+        True, description="a rank also computes on cores that other ranks of its host leave idle, step by step; false: only on its own"
+    )
+    cpu_binding: Literal["auto", "none", "cores"] = Field(
+        "auto",
+        description="cores: every thread that computes stays on one core, a rank's own or one lent to it, all others run anywhere (Linux); "
+        "none: threads run where the system puts them; auto: none",
+    )
     collective_timeout_s: float = Field(120.0, gt=0, description="seconds after which a collective that hangs makes its group unusable")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level of every process")
     prefill: PrefillConfig = PrefillConfig()
@@ -202,7 +210,11 @@ class BatonConfig(Section):
 
 
 class RankPlan(Section):
-    """One rank's place in the cluster: what its actor is made from. Computed by cluster/, never written by an operator."""
+    """One rank's place in the cluster: what its actor is made from. Computed by cluster/, never written by an operator.
+
+    threads: the cores of its host that are its own, from number first_core on, of `cores`. slot: its number among all ranks of the
+    cluster, its place in the file `ledger`, by which ranks of a host lend each other idle cores (ranks/cores.py); "": they do not.
+    """
 
     config: BatonConfig
     role: Literal["prefill", "decode"]
@@ -210,6 +222,10 @@ class RankPlan(Section):
     rank: int
     threads: int
     host: str = "127.0.0.1"
+    cores: int = 1
+    first_core: int = 0
+    slot: int = 0
+    ledger: str = ""
 
     @property
     def dp_size(self) -> int:

@@ -22,10 +22,15 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._text: _Text = _ByteText(tokenizer) if tokenizer.is_byte_level else _WindowText(tokenizer)
+        self._push_one = self._text.push
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens made stable; may be empty."""
-        return "".join(self._text.push(i) for i in token_ids if i not in self._skipped)
+        return "".join(self._push_one(i) for i in token_ids if i not in self._skipped)
+
+    def push_one(self, token_id: int) -> str:
+        """`push` of one token: what streaming does all the time."""
+        return "" if token_id in self._skipped else self._push_one(token_id)
 
     def flush(self) -> str:
         """The rest, once no token will follow; bytes that never became text are U+FFFD."""
@@ -39,16 +44,26 @@ class _Text(Protocol):
 
 
 class _ByteText:
-    """Byte-level tokens: an incremental UTF-8 decoder is exact, and costs no call into the library."""
+    """Byte-level tokens: an incremental UTF-8 decoder is exact, and costs no call into the library.
+
+    Most tokens are whole characters, whose text depends on nothing unless a character is open before them.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._bytes_of = tokenizer.token_bytes
+        self._whole = tokenizer.whole_texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_open = False
 
     def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._bytes_of(token_id))
+        if not self._is_open and (whole := self._whole[token_id]) is not None:
+            return whole
+        text = self._utf8.decode(self._bytes_of(token_id))
+        self._is_open = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
+        self._is_open = False
         return self._utf8.decode(b"", final=True)
 
 

@@ -66,6 +66,7 @@ class Tokenizer:
         self.sampling_defaults = sampling_defaults
         self.special_ids = frozenset(i for i, token in core.get_added_tokens_decoder().items() if token.special)
         self.vocab_size = core.get_vocab_size()
+        self.whole_texts: Mapping[int, str | None] = _WholeTexts(self)
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Tokenizer:
@@ -147,6 +148,23 @@ class Tokenizer:
         if self.has_byte_fallback and _BYTE_TOKEN.fullmatch(token):
             return bytes([int(token[3:5], 16)])
         return token.replace("\u2581", " ").encode()
+
+
+class _WholeTexts(dict[int, str | None]):
+    """By token id: the text of a token that is whole characters by itself, else None. Fills as it is asked, with the vocabulary at most."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text = self._tokenizer.token_bytes(token_id).decode("utf-8")
+        except UnicodeDecodeError:
+            text = None
+        if self._tokenizer.knows(token_id):
+            self[token_id] = text
+        return text
 
 
 class _GenerationTag(Extension):

@@ -201,6 +201,24 @@ def token_event_from_message(message: node_pb2.TokenEvent) -> types.TokenEvent:
     )
 
 
+def drawn_to_message(drawn: types.Drawn) -> node_pb2.Drawn:
+    """Single tokens of many sequences."""
+    return node_pb2.Drawn(
+        request_ids=drawn.request_ids, attempts=drawn.attempts, output_indices=drawn.output_indices, token_ids=drawn.token_ids
+    )
+
+
+def drawn_from_message(message: node_pb2.Drawn) -> types.Drawn:
+    """The inverse of drawn_to_message; InvalidRequest for columns of different lengths and for ids that no token has."""
+    drawn = types.Drawn(list(message.request_ids), list(message.attempts), list(message.output_indices), list(message.token_ids))
+    lengths = {len(drawn.request_ids), len(drawn.attempts), len(drawn.output_indices), len(drawn.token_ids)}
+    if len(lengths) > 1:
+        raise InvalidRequest(f"the columns of drawn tokens have different lengths: {sorted(lengths)}", cause="malformed")
+    if drawn.token_ids and max(drawn.token_ids) >= ID_LIMIT:
+        raise InvalidRequest(f"drawn tokens hold id {max(drawn.token_ids)}", cause="malformed")
+    return drawn
+
+
 def counts_to_message(counts: types.BlockCounts) -> node_pb2.BlockCounts:
     """Where a pool's blocks are."""
     return node_pb2.BlockCounts(

@@ -15,6 +15,7 @@ import torch
 
 from baton.engine.batch import Batch, Row, SampleRow
 from baton.engine.config_json import load_spec
+from baton.engine.devices import Device
 from baton.engine.kv_cache import KVCache
 from baton.engine.kv_shape import KVShape
 from baton.engine.parallel import Groups
@@ -31,13 +32,13 @@ Advance = Callable[[int], None]
 class Solo:
     """A loaded model with a cache for max_rows sequences of max_len tokens. Raises ConfigError as loading does."""
 
-    def __init__(self, model_dir: Path, dtype: str, quantization: str, max_rows: int, max_len: int) -> None:
+    def __init__(self, model_dir: Path, dtype: str, quantization: str, max_rows: int, max_len: int, device: str | Device = "cpu") -> None:
         self.spec = load_spec(model_dir, dtype, quantization)
         shape = KVShape.of(self.spec, Placement(), BLOCK_SIZE)
         self._blocks_each = -(-max_len // BLOCK_SIZE)
         num_blocks = max_rows * self._blocks_each
         kv = KVCache(shape, num_blocks, bytearray(num_blocks * shape.block_bytes), np.zeros(num_blocks, np.uint64))
-        self.rank = Rank(self.spec, Placement(), Groups.alone(), model_dir, kv)
+        self.rank = Rank(self.spec, Placement(), Groups.alone(), model_dir, kv, device)
         self.rank.load()
 
     def answers(self, prompts: Ids, num_positions: int, batch: int, advance: Advance, fed: Ids | None = None) -> Ids:

@@ -6,6 +6,8 @@ Knows: which class plays which role. Does not know: what the class does.
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +15,10 @@ from typing import TYPE_CHECKING
 
 from baton.config import BatonConfig, RankPlan
 from baton.telemetry import configure_logging
+from cluster.fate import die_with_parent
 from cluster.hosts import Located, own_host_id
-from cluster.processes import die_with_parent, own_mark
+from cluster.processes import own_mark
+from ranks.cores import SPIN
 from ranks.facts import LoadProgress, RankAddress, RankCounts
 
 if TYPE_CHECKING:
@@ -55,6 +59,7 @@ class Rank:
 
     def __init__(self, plan: RankPlan) -> None:
         die_with_parent()
+        os.environ.update({**SPIN, **os.environ})  # nothing has imported torch, unless this is a private Ray, which has it from the start
         configure_logging(plan.config.log_level)
         self._plan = plan
         self._life: RankLife | None = None
@@ -155,6 +160,8 @@ class Front:
         except BaseException:
             await self._router.stop()
             raise
+        gc.collect()
+        gc.freeze()  # modules and the tokenizer stay: looking through them again and again would cost every request
         return self._addresses
 
     async def add_group(self, role: str, address: str) -> None:

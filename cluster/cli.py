@@ -41,11 +41,13 @@ _SETTINGS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("--log-level", "log_level", str),
 )
 _GRPC_ADDRESS = "127.0.0.1:8001"
+# Adds commands to the table; given the options that all commands share.
+Add = Callable[[Any, argparse.ArgumentParser], None]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code."""
-    arguments = parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, more: Sequence[Add] = ()) -> int:
+    """Run one command; the exit code. more: adds the commands of whoever lives above this floor (baton/__main__.py)."""
+    arguments = parser(more).parse_args(argv)
     try:
         code: int = arguments.run(arguments)
         return code
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ConfigError) else 1
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(more: Sequence[Add] = ()) -> argparse.ArgumentParser:
     """All commands and their arguments."""
     top = argparse.ArgumentParser(prog="baton", description="Serves large language models with prefill and decode on different machines.")
     shared = argparse.ArgumentParser(add_help=False)
@@ -75,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
     fingerprint.set_defaults(run=_fingerprint)
     config = commands.add_parser("config", parents=[shared], help="print every setting with its default and meaning, as YAML")
     config.set_defaults(run=_config)
+    for add in more:
+        add(commands, shared)
     return top
 
 

@@ -31,7 +31,7 @@ class Located:
 async def kill_everywhere(found: Iterable[Located], within_s: float = KILL_S) -> list[Located]:
     """Kill processes wherever they run, and wait until they are gone; those that are not known to be, about within_s later.
 
-    Processes on a host that Ray has given up count as gone: they end with their raylet (see processes.die_with_parent).
+    Processes on a host that Ray has given up count as gone: they end with their raylet (see fate.die_with_parent).
     """
     return await _at_each(found, kill, within_s, within_s=within_s + ANSWER_S)
 

@@ -43,14 +43,16 @@ class KeptCluster:
     """One cluster and its keeper process. Ends with `stop`, with the `with` block, or with this process, however it ends.
 
     Owner of the keeper's pipes, of the cluster's home directory and of the thread that reads events.
-    Raises ConfigError at once for what this machine cannot run.
+    Raises ConfigError at once for what this machine cannot run. The keeper is there before that is known, with nothing to do yet: what it
+    imports takes most of a second, which is used to look at the machine and the model.
     """
 
     def __init__(self, config: BatonConfig, *, show_logs: bool = False) -> None:
         self._private = not config.ray.address
-        self._config = check_before_start(config) if self._private else check_before_connecting(config)
+        self._config = config
         self._show_logs = show_logs
         self._home = make_home()
+        self._ordered = False
         self._process: subprocess.Popen[str] | None = None
         self._reader: threading.Thread | None = None
         self._events: queue.Queue[Event | None] = queue.Queue(_MAX_NEWS)
@@ -58,6 +60,12 @@ class KeptCluster:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         self.info: ClusterInfo | None = None
+        try:
+            self._spawn()
+            self._config = check_before_start(config) if self._private else check_before_connecting(config)
+        except BaseException:
+            self.stop()
+            raise
 
     def start(self, watch: Watch) -> ClusterInfo:
         """Start and block until the cluster serves, calling `watch` with every stage and progress.
@@ -66,7 +74,9 @@ class KeptCluster:
         and also if `watch` or a signal raises.
         """
         try:
-            self._spawn()
+            order = Launch(config=self._config, home=str(self._home), private=self._private, show_logs=self._show_logs)
+            self._ordered = True
+            self._send(order.model_dump_json())
             self.info = self._until_ready(watch)
         except BaseException:
             self.stop()
@@ -76,7 +86,7 @@ class KeptCluster:
     def _spawn(self) -> None:
         with (self._home / _KEEPER_LOG).open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.keeper"],
+                [sys.executable, "-m", "cluster.keeper", *([str(self._home)] if self._private else [])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=None if self._show_logs else log,
@@ -86,8 +96,6 @@ class KeptCluster:
             )
         self._reader = threading.Thread(target=self._read, args=(self._process,), name="keeper-events", daemon=True)
         self._reader.start()
-        order = Launch(config=self._config, home=str(self._home), private=self._private, show_logs=self._show_logs)
-        self._send(order.model_dump_json())
 
     def _environment(self, inherited: dict[str, str]) -> dict[str, str]:
         if self._private:
@@ -148,6 +156,8 @@ class KeptCluster:
         """Take everything down and wait until no process of the cluster is left. Safe to call twice."""
         process, self._process = self._process, None
         if process is not None:
+            if not self._ordered:
+                process.kill()  # it has started nothing, and imports what nobody needs any more
             _hang_up(process)
             try:
                 process.wait(_STOP_S)

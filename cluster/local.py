@@ -6,16 +6,19 @@ SIGTERM; so a private Ray lives in a process of its own (keeper.py), started wit
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
 import site
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from baton.errors import ConfigError, Unavailable
 from cluster.plan import RANK_RESOURCE
+from ranks.cores import SPIN
 
 HOME_PREFIX = "baton-"
 NAMESPACE = "baton"
@@ -42,6 +45,7 @@ def environment(home: Path, inherited: dict[str, str]) -> dict[str, str]:
     """The environment of a process that will start a private Ray in `home`: none of the caller's RAY_ settings, and these."""
     kept = {name: value for name, value in inherited.items() if not name.startswith("RAY_") and name != "OMP_NUM_THREADS"}
     return {
+        **SPIN,
         **kept,
         **import_environment(inherited),
         "TMPDIR": str(home / _TMP),
@@ -68,27 +72,30 @@ def import_environment(inherited: dict[str, str]) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([root, *others])}
 
 
-def start_private_ray(home: Path, num_ranks: int, *, show_logs: bool = False) -> None:
-    """Start a Ray with room for `num_ranks` ranks and connect to it. Blocks for seconds.
+@contextlib.contextmanager
+def private_ray(home: Path, num_ranks: int, *, show_logs: bool = False) -> Iterator[None]:
+    """A Ray with room for `num_ranks` ranks, and a connection to it; both end with the block. Blocks for seconds.
 
     Call it on the main thread of a process started with `environment`: Ray's processes die with the thread that started them.
     """
     import ray  # reads the environment when it is imported
 
+    from cluster.head import Head
+
     assert os.environ.get("RAY_AUTH_TOKEN_PATH") == str(home / _TOKEN)
-    ray.init(
-        address="local",
-        num_cpus=num_ranks + 1,  # actors ask for none; Ray keeps as many workers in stock, and starts them while it starts itself
-        resources={RANK_RESOURCE: num_ranks},
-        namespace=NAMESPACE,
-        include_dashboard=False,
-        log_to_driver=show_logs,
-        configure_logging=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        _plasma_directory=_plasma_directory(home),
-        _node_ip_address="127.0.0.1",
-        _temp_dir=str(home),
+    head = Head(
+        home,
+        slots={RANK_RESOURCE: num_ranks},
+        num_workers=num_ranks + 1,  # actors ask for no CPU; Ray keeps as many workers in stock, and starts them while it starts itself
+        store=(_plasma_directory(home), OBJECT_STORE_BYTES),
+        logs=show_logs,
     )
+    try:
+        ray.init(address=head.address, namespace=NAMESPACE, log_to_driver=show_logs, configure_logging=False)
+        yield
+    finally:
+        ray.shutdown()
+        head.end()
 
 
 def connect(address: str, *, namespace: str | None = None, show_logs: bool = False) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import ray
 from ray._private.state import available_resources_per_node  # the only call that says what is free on which host
@@ -92,7 +94,7 @@ def hosts() -> list[Host]:
 def _host(node_id: str, cores: int | None) -> Host:
     (node,) = [node for node in _ray_nodes() if node["NodeID"] == node_id]
     host = _as_host(node, {})
-    return host if cores is None else Host(host.address, cores, host.slots, labels=host.labels)
+    return host if cores is None else replace(host, cores=cores)
 
 
 def _ray_nodes() -> list[dict[str, Any]]:
@@ -104,7 +106,13 @@ def _as_host(node: dict[str, Any], free: dict[str, float]) -> Host:
     resources, labels = node["Resources"], node["Labels"]
     slots = int(resources.get(RANK_RESOURCE, 0))
     cores = max(1, int(resources.get("CPU", 0)))
-    return Host(str(node["NodeManagerAddress"]), cores, slots, int(free.get(RANK_RESOURCE, 0)), labels)
+    return Host(str(node["NodeManagerAddress"]), cores, slots, int(free.get(RANK_RESOURCE, 0)), labels, _ledger(node))
+
+
+def _ledger(node: dict[str, Any]) -> str:
+    """In Ray's session directory, which Ray tells by the path of its store's socket, under the name of this cluster's namespace."""
+    namespace = quote(ray.get_runtime_context().namespace, safe="")
+    return str(Path(node["ObjectStoreSocketName"]).parent.parent / f"baton-cores-{namespace}")
 
 
 def _no_machine(ask: NodeAsk) -> ResourceExhausted:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from baton.config import BatonConfig, RankPlan
 from baton.engine.fits import Role, check_node, place
@@ -46,13 +47,17 @@ class NodeAsk:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What one host offers: compute cores, rank slots in all and not yet taken, and its labels."""
+    """What one host offers: compute cores, rank slots in all and not yet taken, and its labels.
+
+    ledger: path of a file there that ranks of this cluster, and no others, may share; it goes with Ray's session. "": none.
+    """
 
     address: str
     cores: int
     slots: int = 0
     free_slots: int = 0
     labels: Mapping[str, str] = field(default_factory=dict)
+    ledger: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +85,32 @@ def threads_per_rank(cores: int, num_ranks: int) -> int:
 
 
 def rank_plans(config: BatonConfig, placed: Sequence[tuple[NodeAsk, Host]]) -> list[RankPlan]:
-    """Every rank's plan, once each node has a host. Order: nodes as given, then rank."""
+    """Every rank's plan, once each node has a host. Order: nodes as given, then rank. Their slots depend on the configuration only."""
     ranks_on = Counter[str]()
     for ask, host in placed:
         ranks_on[host.address] += ask.num_ranks
-    return [
-        RankPlan(
-            config=config,
-            role=ask.role,
-            node=ask.node,
-            rank=rank,
-            threads=_asked_threads(config, ask.role) or threads_per_rank(host.cores, ranks_on[host.address]),
-            host=host.address,
-        )
-        for ask, host in placed
-        for rank in range(ask.num_ranks)
-    ]
+    wanted = asks(config)
+    first_slots = dict(zip((ask.node for ask in wanted), accumulate((ask.num_ranks for ask in wanted), initial=0), strict=False))
+    taken_on = Counter[str]()
+    plans = []
+    for ask, host in placed:
+        threads = _asked_threads(config, ask.role) or threads_per_rank(host.cores, ranks_on[host.address])
+        for rank in range(ask.num_ranks):
+            plan = RankPlan(
+                config=config,
+                role=ask.role,
+                node=ask.node,
+                rank=rank,
+                threads=threads,
+                host=host.address,
+                cores=host.cores,
+                first_core=taken_on[host.address] % host.cores,
+                slot=first_slots[ask.node] + rank,
+                ledger=host.ledger if config.lend_cores else "",
+            )
+            taken_on[host.address] += threads
+            plans.append(plan)
+    return plans
 
 
 def explain_shortage(ask: NodeAsk, hosts: Sequence[Host]) -> str:

@@ -5,10 +5,8 @@ A pid is given away again; a pid together with the time it began at is not. What
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
-import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -20,7 +18,6 @@ import psutil
 from baton.deadline import Deadline
 
 _LOOK_S = 0.01
-_PR_SET_PDEATHSIG = 1
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
 
@@ -46,6 +43,13 @@ def own_mark() -> ProcessMark:
     mark = mark_of(os.getpid())
     assert mark is not None, "it runs"
     return mark
+
+
+def own_age_s() -> float:
+    """Seconds since this process began, before its first line of Python."""
+    if sys.platform == "linux":
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - _began(os.getpid()) / os.sysconf("SC_CLK_TCK")
+    return time.time() - psutil.Process().create_time()
 
 
 def mark_of(pid: int) -> ProcessMark | None:
@@ -82,16 +86,6 @@ def kill(marks: Sequence[ProcessMark], within_s: float) -> list[ProcessMark]:
     while (left := living(here)) and not deadline.passed():  # the kernel tells only a process's parent
         time.sleep(_LOOK_S)
     return left
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it ends, even if it is stopped then. Linux; elsewhere nothing.
-
-    Ray's own way asks the process to leave, which one with a call under way does not do (measured on 2.60): it would outlive its
-    raylet, and nobody on that host could be asked to end it.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _kill(process: psutil.Process) -> None:

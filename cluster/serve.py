@@ -1,6 +1,7 @@
 """`baton serve`: one cluster on this machine, from start to Ctrl-C or SIGTERM.
 
-Knows: signals and what people want to read. Does not know: how a cluster is made.
+Knows: signals and what people want to read. Does not know: how a cluster is made. What is only for people's eyes is imported when it
+is needed, because then the cluster's own processes are starting already.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from baton.config import BatonConfig
-from baton.engine.config_json import load_spec
+from baton.deadline import now_s
 from baton.errors import Unavailable
-from baton.tokenizer import unapplied_sampling
-from cluster.display import LaunchDisplay
 from cluster.kept import KeptCluster
 from cluster.messages import ClusterInfo, Lost, News
-from cluster.plan import description
+from cluster.processes import own_age_s
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -35,13 +36,18 @@ def serve(config: BatonConfig, *, show_logs: bool = False) -> int:
     Prints one line with the addresses when ready, and on standard error what is lost, rebuilt and back. Raises what the launch failed
     with; and, where `membership.rebuild` is false, Unavailable when what is left of the cluster can serve nothing.
     """
-    console = Console(stderr=True)
     ready = False
     with first_signal_interrupts(gently=lambda: ready), KeptCluster(config, show_logs=show_logs) as cluster:
+        from rich.console import Console
+
+        from cluster.display import LaunchDisplay
+
+        console = Console(stderr=True)
         warn_unapplied(config, console)
         try:
             with LaunchDisplay(console) as display:
                 info = cluster.start(display)
+            console.print(display.time_line(now_s() - own_age_s()), highlight=False)
             describe(config, console)
             print(ready_line(info), flush=True)
             ready = True
@@ -53,6 +59,8 @@ def serve(config: BatonConfig, *, show_logs: bool = False) -> int:
 
 def warn_unapplied(config: BatonConfig, console: Console) -> None:
     """Say what the checkpoint recommends for sampling and nobody will do: answers may differ from other servers' for it."""
+    from baton.tokenizer import unapplied_sampling
+
     for asked in unapplied_sampling(config.model):
         console.print(
             f"warning: generation_config.json asks for {asked}, which is not applied", highlight=False, markup=False, soft_wrap=True
@@ -61,6 +69,9 @@ def warn_unapplied(config: BatonConfig, console: Console) -> None:
 
 def describe(config: BatonConfig, console: Console) -> None:
     """Say what is served, if the model lies on this host too."""
+    from baton.engine.config_json import load_spec
+    from cluster.plan import description
+
     if (Path(config.model) / "config.json").is_file():
         spec = load_spec(config.model, config.dtype, config.quantization)
         console.print(description(config, spec), highlight=False, markup=False, soft_wrap=True)

@@ -19,11 +19,11 @@ from baton.telemetry import configure_logging
 from cluster import census
 from cluster.actors import located
 from cluster.adopt import adopt
+from cluster.fate import die_with_parent
 from cluster.hosts import Located
 from cluster.launch import Cluster
 from cluster.messages import Facts, Failed, News, Ready
 from cluster.plan import FRONT
-from cluster.processes import die_with_parent
 from router.membership import NodeReport
 
 log = logging.getLogger(__name__)

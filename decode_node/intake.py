@@ -216,7 +216,7 @@ class Intake:
         pull.last_announced_s = now_s()
         for portion in portions(announced, self.max_read_blocks):
             await self._read(pull, portion)
-            await stream.progress()
+            stream.progress()
         final = pull.life.final
         if final is None:
             pull.life.on(PullEvent.VERIFIED)

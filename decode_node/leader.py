@@ -13,9 +13,11 @@ from baton.errors import BatonError, Cancelled, NodeLost, ResourceExhausted
 from baton.request import SequenceRequest, TokenEvent
 from baton.rpc import open_channel
 from decode_node.intake import BlockReader, Intake, PullSource
+from decode_node.outcome import Applied
 from decode_node.scheduler import DecodeScheduler
-from kv_transfer.client import OpenChannel, PullClient
+from kv_transfer.client import PullClient
 from kv_transfer.lease import FinalToken
+from kv_transfer.line import OpenChannel
 from ranks.desk import Desk, no_token
 from ranks.drive import Drive
 from ranks.facts import GroupHello
@@ -57,6 +59,7 @@ class DecodeLeader:
         )
         self.drive = Drive(host.step, host.wake_others, self)
         self._admitting: asyncio.Handle | None = None
+        self._untold: list[Applied] = []  # what steps have brought, until `tell`, which comes while the next one is computed
 
     # What the router asks.
 
@@ -146,14 +149,26 @@ class DecodeLeader:
     def plan(self) -> Batch:
         """The next step's work; sequences of a router that does not read its events are left out."""
         batch = self.scheduler.plan(blocked=self.desk.backlogged())
-        for key in self.scheduler.take_suspended():
+        suspended = self.scheduler.take_suspended()
+        if suspended:
+            self.tell()  # first, or what the step before drew for them would be lost, and drawn again
+        for key in suspended:
             self._end(key, self._suspended())
         return batch
 
     def apply(self, sampled: Sampled) -> None:
+        """Take in what was drawn; `tell` says it."""
+        self._untold.append(self.scheduler.apply(sampled))
+
+    def tell(self) -> None:
         """Deliver what was drawn. What finished, or was cancelled during the step, makes room for what waits."""
-        for event in self.scheduler.apply(sampled):
-            self._deliver(event)
+        if not self._untold:
+            return
+        untold, self._untold = self._untold, []
+        for applied in untold:
+            self.desk.deliver_drawn(applied.drawn)
+            for event in applied.events:
+                self._deliver(event)
         for key in self.scheduler.take_failed():
             self._end(key, no_token("decode", self._name))
         self.desk.flush()
@@ -189,6 +204,7 @@ class DecodeLeader:
 
     async def close(self, error: BatonError | None) -> None:
         """End everything; routers are told why."""
+        self.tell()  # who has finished has, although it was not said yet
         self.desk.close(error)
         await self.intake.close()
         await self.client.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.request import SequenceRequest
+from baton.request import Drawn, SequenceRequest, TokenEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,15 @@ class Admitted:
     request: SequenceRequest
     matched_blocks: int
     num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What a step brought. drawn: tokens with nothing to be said beside them; events: the others, which end their sequence, carry
+    logprobs, or come first after a prompt that was computed here."""
+
+    drawn: Drawn
+    events: tuple[TokenEvent, ...]
 
 
 @dataclass(frozen=True, slots=True)

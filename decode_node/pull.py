@@ -15,7 +15,7 @@ against the prompt and against what it said before: a peer that contradicts itse
 
 While READING and DRAINING bytes may land in bound blocks: these are nobody else's until all ranks have said that their reads are over,
 well or badly. If one does not say so in time (it is stopped, cut off or dead), the pull is LOST: the blocks stay where they are, and
-the rank fails, for nothing but its end can free them. (The source is told that the stream is over, and may use its own blocks again:
+the rank fails, for nothing but its end can free them. (The source is told that the pull is over, and may use its own blocks again:
 a read of them that is still under way finds other generations, and is not verified.)
 
 From RELEASING on all blocks are here and verified, and the sequence runs: a release that fails or is not answered starts nothing

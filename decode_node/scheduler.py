@@ -1,8 +1,9 @@
 """Which sequences a decode group takes in, computes next and suspends. Pure: plain values in, plans out.
 
 A sequence with a lease has its prompt blocks pulled: it holds its cached prefix and a promise of blocks by count, which are bound as
-its pull needs them. One without (no prefill node is left) computes its prompt here, in chunks, beside the rows of those that run: a
-running sequence is in every step, chunks share what max_step_tokens leaves to prompts (baton/engine/shares.py).
+its pull needs them. One without (no prefill node is left) computes its prompt here, in chunks, beside the rows of those that run (see
+rows.py: columns, so that a step costs a few operations on arrays). A running sequence is in every step, chunks share what
+max_step_tokens leaves to prompts (baton/engine/shares.py).
 
 A sequence that outgrows its promise takes from the pool; when that is full, one is suspended, and the router sends it again, as a new
 attempt: first the youngest that is only ADMITTED, else the youngest that computes. **Somebody always gets on**: the oldest that
@@ -17,7 +18,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
 
 from baton.engine.batch import Batch, Sampled
 from baton.engine.blocks import BlockPool, blocks_for
@@ -25,36 +28,14 @@ from baton.engine.sequence import Answer, Key, Sequence, WaitingLine, check_sequ
 from baton.engine.shares import Shares
 from baton.errors import InvalidRequest, ResourceExhausted
 from baton.request import SequenceRequest, TokenEvent
-from decode_node.outcome import Admitted, DecodeLoad
+from decode_node.entry import Entry, Step
+from decode_node.outcome import Admitted, Applied, DecodeLoad
+from decode_node.rows import Rows
 from decode_node.stages import COMPUTE, SEQUENCE_LIFE, SequenceEvent, Stage
 from decode_node.step import Part, StepPlan
 
 AGE_LIMIT = 16
 RETRY_AFTER_S = 1.0
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """alone: without a lease. in_step: the planned step writes its blocks. foreign: blocks that late remote writes may still reach."""
-
-    sequence: Sequence
-    arrival: int
-    alone: bool
-    stage: Stage = SEQUENCE_LIFE.start
-    in_step: bool = False
-    foreign: tuple[int, ...] = ()
-
-    @property
-    def key(self) -> Key:
-        return self.sequence.request.key
-
-    @property
-    def num_left(self) -> int:
-        """Tokens whose KV is not here yet."""
-        return len(self.sequence.token_ids) - self.sequence.num_computed
-
-    def on(self, event: SequenceEvent) -> None:
-        self.stage = SEQUENCE_LIFE.after(self.stage, event)
 
 
 class DecodeScheduler:
@@ -82,10 +63,12 @@ class DecodeScheduler:
         self._max_step_tokens = max_step_tokens
         self._max_model_len = max_model_len
         self._num_arrived = 0
-        self._line = WaitingLine[_Entry](age_limit)
-        self._entries: dict[str, dict[int, _Entry]] = {}  # by request and attempt, until ENDED
-        self._active: dict[int, _Entry] = {}  # by arrival: ADMITTED, PULLING, COMPUTING, RUNNING
-        self._planned: list[tuple[_Entry, Part]] = []  # of the step between plan and apply
+        self._line = WaitingLine[Entry](age_limit)
+        self._entries: dict[str, dict[int, Entry]] = {}  # by request and attempt, until ENDED
+        self._active: dict[int, Entry] = {}  # by arrival: ADMITTED, PULLING, COMPUTING, RUNNING
+        self._computing: dict[int, Entry] = {}  # by arrival, while COMPUTING
+        self._rows = Rows[Entry](pool.block_size)  # RUNNING, and those that end with the step under way
+        self._step = Step()
         self._suspended: list[Key] = []  # until take_suspended
         self._failed: list[Key] = []  # until take_failed
 
@@ -105,26 +88,34 @@ class DecodeScheduler:
                 stage="decode",
             )
         self._check_room()
-        entry = _Entry(Sequence.make(request, self._pool.block_size), self._num_arrived, alone)
+        sequence = Sequence.make(request, self._pool.block_size)
+        entry = Entry(sequence, self._num_arrived, alone, self._num_promised(sequence))
         self._num_arrived += 1
         self._entries.setdefault(request.request_id, {})[request.attempt] = entry
-        self._line.join(entry.arrival, entry)
+        # The block of the last token is always its own, so somebody who waits may need no more than `size`, but never none.
+        own = entry.num_promised - (len(sequence.token_ids) - 1) // self._pool.block_size
+        self._line.join(entry.arrival, entry, size=own, num_tokens=entry.num_left)
 
     def admit(self) -> tuple[Admitted, ...]:
         """As many waiting sequences as fit now, oldest first; one that does not fit holds up no other until it was overtaken often."""
         admitted: list[Admitted] = []
-        kept = sum(self._outgrown(entry.sequence) for entry in self._active.values() if entry.stage is Stage.RUNNING)
+        if not len(self._line) or len(self._active) >= self._max_sequences:
+            return ()
+        kept = self._rows.num_outgrown()
+        if self._line.least_size + kept > self._pool.available():
+            return ()  # nobody fits, however much of a prompt is here already: so nobody would be overtaken either
 
-        def start(entry: _Entry) -> Answer:
+        def start(entry: Entry) -> Answer:
             if len(self._active) >= self._max_sequences:
                 return Answer.STEP_FULL
-            promised = self._num_promised(entry.sequence)
-            if not entry.sequence.fits(self._pool, promised + kept):
+            if not entry.sequence.fits(self._pool, entry.num_promised + kept):
                 return Answer.NO_ROOM
-            began = entry.sequence.begin(self._pool, promised)
+            began = entry.sequence.begin(self._pool, entry.num_promised)
             assert began, "it needs less than what fits"
             entry.on(SequenceEvent.ADMIT_ALONE if entry.alone else SequenceEvent.ADMIT)
             self._active[entry.arrival] = entry
+            if entry.alone:
+                self._computing[entry.arrival] = entry
             admitted.append(Admitted(entry.sequence.request, entry.sequence.num_matched, self._num_prompt_blocks(entry.sequence)))
             return Answer.STARTED
 
@@ -159,9 +150,7 @@ class DecodeScheduler:
         entry.on(SequenceEvent.PULLED)
         sequence.num_computed = len(sequence.token_ids)
         sequence.enter_tree(self._pool)
-        sequence.token_ids += first_token.token_ids
-        if first_token.finish_reason:
-            self._end(entry, SequenceEvent.FINISH)
+        self._goes_on(entry, first_token)
         return first_token
 
     def plan(self, blocked: AbstractSet[Key] = frozenset()) -> Batch:
@@ -169,17 +158,29 @@ class DecodeScheduler:
 
         May suspend sequences: the caller asks `take_suspended` next.
         """
-        assert not self._planned, "the step before was not applied"
-        step = StepPlan()
-        for entry in self._ready(Stage.RUNNING, blocked):
-            # Victims are younger or the entry itself: what was planned so far stays.
-            if entry.stage is Stage.RUNNING and self._has_room(entry):
-                self._compute(step, entry, 1)
-        chunks = Shares.of(self._max_step_tokens, self._ready(Stage.COMPUTING, blocked))
-        chunks.serve(math.inf)
-        for entry, count in chunks.given:
-            self._compute(step, entry, count)
-        return step.batch()
+        assert not self._step.picked.count and not self._step.chunks, "the step before was not applied"
+        self._rows.settle()
+        left_out = [self._entry(key) for key in blocked if self.stage(key) is Stage.RUNNING]
+        new_blocks: list[tuple[int, int]] = []
+        for entry in sorted(self._rows.without_slot(), key=attrgetter("arrival")):
+            if entry.stage is Stage.RUNNING and entry.key not in blocked and not self._took_block(entry, new_blocks):
+                left_out.append(entry)
+        self._rows.settle()
+        picked = self._rows.pick(left_out)
+        self._step = Step(picked)
+        batch = self._rows.batch(picked, new_blocks)
+        return batch.followed_by(self._chunks(blocked)) if self._computing else batch
+
+    def _chunks(self, blocked: AbstractSet[Key]) -> Batch:
+        """Parts of the prompts that are computed here, to go after the rows."""
+        computing = [entry for _, entry in sorted(self._computing.items()) if entry.key not in blocked]
+        shares = Shares.of(self._max_step_tokens, computing)
+        shares.serve(math.inf)
+        plan = StepPlan(num_sampled=self._step.picked.count)
+        for entry, count in shares.given:
+            self._step.chunks.append((entry, plan.add(self._pool, entry.sequence, count)))
+            entry.in_chunks = True
+        return plan.batch()
 
     def take_suspended(self) -> tuple[Key, ...]:
         """Sequences suspended since the last call: their blocks are given up, and the router must be told to send them again.
@@ -189,29 +190,48 @@ class DecodeScheduler:
         suspended, self._suspended = tuple(self._suspended), []
         return suspended
 
-    def apply(self, sampled: Sampled) -> tuple[TokenEvent, ...]:
-        """The planned step is done: one event per sequence that is still wanted and whose prompt is computed.
+    def apply(self, sampled: Sampled) -> Applied:
+        """The planned step is done: one token of every sequence that is still wanted and whose prompt is computed.
 
         Those whose logits were no numbers are `take_failed`.
         """
-        planned, self._planned = self._planned, []
-        events: list[TokenEvent] = []
-        for entry, part in planned:
-            failed = part.sampled_row in sampled.failed_rows
-            entry.in_step = False
-            entry.sequence.num_computed = part.end
-            if failed:
-                entry.sequence.distrust(self._pool)
-            else:
-                entry.sequence.enter_tree(self._pool)
-            if entry.stage is Stage.ENDING:
-                self._end(entry, SequenceEvent.STEP_DONE)
-            elif failed:
-                self._failed.append(entry.key)
-                self._end(entry, SequenceEvent.FAIL)
-            elif part.sampled_row is not None:
-                events.append(self._drawn(entry, sampled, part.sampled_row))
-        return tuple(events)
+        step, self._step = self._step, Step()
+        picked, token_ids = step.picked, sampled.token_ids[: step.picked.count]
+        entries = self._rows.items(picked)
+        moved = self._rows.move(picked, token_ids, sampled.failed_rows)
+        drawn = self._rows.drawn(picked, moved, token_ids)
+        for entry in sorted((entries[place] for place in moved.filled), key=attrgetter("arrival")):
+            entry.sequence.num_computed = len(entry.sequence.token_ids)
+            entry.sequence.enter_tree(self._pool)
+        for entry, plain, token_id in zip(entries, moved.plain.tolist(), token_ids.tolist(), strict=True):
+            if plain:
+                entry.sequence.token_ids.append(token_id)
+        others = sorted(np.flatnonzero(~moved.plain).tolist(), key=lambda place: entries[place].arrival)
+        events = [self._took(entries[place], sampled, place) for place in others]
+        events += [self._computed(entry, part, sampled) for entry, part in step.chunks]
+        return Applied(drawn, tuple(event for event in events if event))
+
+    def _computed(self, entry: Entry, part: Part, sampled: Sampled) -> TokenEvent | None:
+        """A part of a prompt."""
+        entry.in_chunks = False
+        entry.sequence.num_computed = part.end
+        if part.sampled_row not in sampled.failed_rows:
+            entry.sequence.enter_tree(self._pool)
+        return self._took(entry, sampled, part.sampled_row)
+
+    def _took(self, entry: Entry, sampled: Sampled, row: int | None) -> TokenEvent | None:
+        """What a step did to a sequence that ends, or of whose token there is something to be said; row: where that is, if it is."""
+        failed = row in sampled.failed_rows
+        if failed:
+            entry.sequence.distrust(self._pool)
+        if entry.stage is Stage.ENDING:
+            self._end(entry, SequenceEvent.STEP_DONE)
+        elif failed:
+            self._failed.append(entry.key)
+            self._end(entry, SequenceEvent.FAIL)
+        elif row is not None:
+            return self._drawn(entry, sampled, row)
+        return None
 
     def take_failed(self) -> tuple[Key, ...]:
         """Sequences that ended since the last call because no token could be drawn: the router must be told."""
@@ -228,8 +248,10 @@ class DecodeScheduler:
         if stage in (None, Stage.ENDING, Stage.QUARANTINED):
             return False
         entry = self._entry(key)
-        if entry.in_step:
+        if entry.in_chunks or self._step.picked.holds(entry.row):
+            self._rows.unwanted(entry)
             del self._active[entry.arrival]
+            self._computing.pop(entry.arrival, None)
             entry.on(SequenceEvent.GIVE_UP_IN_STEP)
         elif quarantine and stage is Stage.PULLING:
             self._quarantine(entry)
@@ -245,15 +267,14 @@ class DecodeScheduler:
             self._end(entry, SequenceEvent.QUIESCED)
 
     def load(self) -> DecodeLoad:
-        """How busy this group is. O(sequences)."""
-        computing = [entry for entry in self._active.values() if entry.stage is Stage.COMPUTING]
-        running = sum(entry.stage is Stage.RUNNING for entry in self._active.values())
+        """How busy this group is. O(prompts that are computed here)."""
+        running, computing = self._rows.num_wanted, len(self._computing)
         return DecodeLoad(
             waiting=len(self._line),
-            pulling=len(self._active) - running - len(computing),
-            computing=len(computing),
+            pulling=len(self._active) - running - computing,
+            computing=computing,
             running=running,
-            waiting_tokens=sum(entry.num_left for entry in (*self._line.items(), *computing)),
+            waiting_tokens=self._line.num_tokens + sum(entry.num_left for entry in self._computing.values()),
         )
 
     def idle(self) -> bool:
@@ -270,45 +291,40 @@ class DecodeScheduler:
                 retry_after_s=RETRY_AFTER_S,
             )
 
-    def _entry(self, key: Key) -> _Entry:
+    def _entry(self, key: Key) -> Entry:
         return self._entries[key[0]][key[1]]
 
     def _num_promised(self, sequence: Sequence) -> int:
         left = sequence.request.sampling.max_tokens - len(sequence.request.emitted_ids)
         return blocks_for(len(sequence.token_ids) + min(left, self._reserve_output_tokens), self._pool.block_size)
 
-    def _outgrown(self, sequence: Sequence) -> bool:
-        """Whether it has taken all that was promised, and may need more."""
-        most = len(sequence.request.prompt_ids) + sequence.request.sampling.max_tokens
-        return not sequence.reserved and len(sequence.block_ids) < blocks_for(most, self._pool.block_size)
-
     def _num_prompt_blocks(self, sequence: Sequence) -> int:
         return blocks_for(len(sequence.token_ids), self._pool.block_size)
 
-    def _ready(self, stage: Stage, blocked: AbstractSet[Key]) -> list[_Entry]:
-        return [entry for _, entry in sorted(self._active.items()) if entry.stage is stage and entry.key not in blocked]
-
-    def _compute(self, step: StepPlan, entry: _Entry, count: int) -> None:
-        self._planned.append((entry, step.add(self._pool, entry.sequence, count)))
-        entry.in_step = True
-
-    def _drawn(self, entry: _Entry, sampled: Sampled, row: int) -> TokenEvent:
+    def _drawn(self, entry: Entry, sampled: Sampled, row: int) -> TokenEvent:
         """The token after the last one; after a prompt that was computed here, with how much of it was cached."""
         sequence = entry.sequence
         cached = sequence.num_matched * self._pool.block_size if entry.stage is Stage.COMPUTING else None
         event = sequence.event(sampled, row, cached)
         entry.on(SequenceEvent.TOKEN)
-        sequence.token_ids += event.token_ids
-        if event.finish_reason:
-            self._end(entry, SequenceEvent.FINISH)
+        self._computing.pop(entry.arrival, None)
+        self._goes_on(entry, event)
         return event
 
-    def _has_room(self, entry: _Entry) -> bool:
-        """Make sure the next token has a slot, suspending others if it must; False if the entry itself was suspended or sits out."""
-        sequence = entry.sequence
-        if len(sequence.block_ids) * self._pool.block_size >= len(sequence.token_ids) or sequence.reserved:
-            return True
-        while not self._pool.available():
+    def _goes_on(self, entry: Entry, event: TokenEvent) -> None:
+        """A RUNNING sequence has its next token: the last one, or one more of its row, which it may not have yet."""
+        entry.sequence.token_ids += event.token_ids
+        if event.finish_reason:
+            self._end(entry, SequenceEvent.FINISH)
+        elif entry.row is None:
+            self._rows.join(entry)
+
+    def _took_block(self, entry: Entry, new_blocks: list[tuple[int, int]]) -> bool:
+        """One more block, suspending others if it must; False if the entry itself was suspended or sits out.
+
+        Those that are suspended are younger: they have taken none in this step.
+        """
+        while not entry.sequence.reserved and not self._pool.available():
             victim = self._victim()
             if victim is None:
                 return False
@@ -316,9 +332,11 @@ class DecodeScheduler:
             self._end(victim, SequenceEvent.SUSPEND)
             if victim is entry:
                 return False
+        new_blocks += entry.sequence.extend(self._pool, 1)
+        self._rows.extend(entry)
         return True
 
-    def _victim(self) -> _Entry | None:
+    def _victim(self) -> Entry | None:
         """The youngest whose reservation is not firm yet, else the youngest that computes, unless it is the only one."""
         by_age = [entry for _, entry in sorted(self._active.items())]
         promised = [entry for entry in by_age if entry.stage is Stage.ADMITTED]
@@ -327,7 +345,7 @@ class DecodeScheduler:
             return promised[-1]
         return compute[-1] if len(compute) > 1 else None
 
-    def _quarantine(self, entry: _Entry) -> None:
+    def _quarantine(self, entry: Entry) -> None:
         sequence = entry.sequence
         entry.foreign = tuple(sequence.block_ids[sequence.num_matched :])
         del sequence.block_ids[sequence.num_matched :]
@@ -336,11 +354,14 @@ class DecodeScheduler:
         del self._active[entry.arrival]
         entry.on(SequenceEvent.GIVE_UP_IN_READ)
 
-    def _end(self, entry: _Entry, event: SequenceEvent) -> None:
+    def _end(self, entry: Entry, event: SequenceEvent) -> None:
         """The sequence is over: give up its blocks."""
         if entry.stage is Stage.WAITING:
             self._line.leave(entry.arrival)
         self._active.pop(entry.arrival, None)
+        self._computing.pop(entry.arrival, None)
+        if entry.row is not None:
+            self._rows.leave(entry)
         entry.on(event)
         assert SEQUENCE_LIFE.ends(entry.stage)
         entry.sequence.drop(self._pool)

@@ -1,11 +1,8 @@
-"""The target's door: the Pull streams of a decode leader; layouts and exports from messages. Moves no KV itself."""
+"""The target's door: the Pulls of a decode leader; layouts and exports from messages. Moves no KV itself."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -15,90 +12,20 @@ from baton import rpc
 from baton.config import PROTOCOL_VERSION
 from baton.deadline import Deadline, now_s
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, Incompatible, InvalidRequest, LeaseLost, NodeLost
-from baton.v1 import inference_pb2, node_pb2, transfer_pb2, transfer_pb2_grpc
+from baton.v1 import inference_pb2, node_pb2, transfer_pb2
 from baton.wire import error_from_message, finish_from_message, logprob_from_message
 from kv_transfer.layout import KVLayout
 from kv_transfer.lease import Announced, FinalToken
+from kv_transfer.line import Inbox, Line, Lines, OpenChannel
 from kv_transfer.nonsense import nonsense
 from kv_transfer.transport import NONCE_BYTES, Export
 
-OpenChannel = Callable[[str], grpc.aio.Channel]
-PullCall = grpc.aio.StreamStreamCall[transfer_pb2.PullRequest, transfer_pb2.PullReply]
 MAX_CHANNELS = 64
 PROGRESS_S = 1.0
 
 
-def surplus(open_pulls: Mapping[str, int], most: int) -> tuple[str, ...]:
-    """The addresses to hang up on so that `most` remain: those without a Pull, least recently used first; fewer if too few are idle.
-
-    open_pulls: number of open Pulls by address, least recently used first. Pure.
-    """
-    idle = [address for address, num_pulls in open_pulls.items() if not num_pulls]
-    return tuple(idle[: max(0, len(open_pulls) - most)])
-
-
-@dataclass(slots=True, eq=False)
-class _Line:
-    """A channel to one address and the Pulls that use it."""
-
-    address: str
-    channel: grpc.aio.Channel
-    open_pulls: int = 0
-    closed: bool = False
-
-    async def hang_up(self) -> None:
-        """Close the channel, once."""
-        if not self.closed:
-            self.closed = True
-            await self.channel.close(None)
-
-
-class Lines:
-    """One line per address. A line on which a peer was lost is taken by no further Pull, and closed when its last one ends.
-
-    But of a node that went away while no Pull was open nobody hears, and when it comes back it has another address: so at most `most`
-    are kept, apart from those in use. A line is also closed when a Pull ends and too many are left, and by `close`.
-    """
-
-    def __init__(self, open_channel: OpenChannel, most: int) -> None:
-        self._open_channel = open_channel
-        self._most = most
-        self._lines: dict[str, _Line] = {}  # least recently used first
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def take(self, address: str) -> _Line:
-        """The line to an address, for one more Pull, which gives it back."""
-        line = self._lines.pop(address, None) or _Line(address, self._open_channel(address))
-        self._lines[address] = line
-        line.open_pulls += 1
-        return line
-
-    async def give_back(self, line: _Line, *, lost: bool = False) -> None:
-        """One Pull has ended; lost: because its peer was."""
-        line.open_pulls -= 1
-        if lost and self._lines.get(line.address) is line:
-            del self._lines[line.address]
-        # All at once, before anybody else runs: one that is still listed while another is closed could be taken by a new Pull.
-        for closing in self._superfluous(line):
-            await closing.hang_up()
-
-    def _superfluous(self, line: _Line) -> list[_Line]:
-        if self._lines.get(line.address) is not line:
-            return [] if line.open_pulls else [line]
-        gone = surplus({address: known.open_pulls for address, known in self._lines.items()}, self._most)
-        return [self._lines.pop(address) for address in gone]
-
-    async def close(self) -> None:
-        """Close all; Pulls end with NodeLost."""
-        lines, self._lines = self._lines, {}
-        for line in lines.values():
-            await line.hang_up()
-
-
 class PullClient:
-    """Opens Pulls at prefill leaders over one channel per address. One event loop owns it; ended by `close`.
+    """Opens Pulls at prefill leaders over one stream per address. One event loop owns it; ended by `close`.
 
     handshake_s: within it a peer must answer a Pull or a release, or it counts as lost. open_channel: how (TLS) to connect.
     max_channels: how many are kept while no Pull uses them. progress_s: how often a source is told, at most, that reads go on.
@@ -137,10 +64,10 @@ class PullClient:
 
 
 class Pull:
-    """One Pull stream: `async with client.pull(...) as pull: async for announced in pull: ...; await pull.release()`.
+    """One Pull: `async with client.pull(...) as pull: async for announced in pull: ...; await pull.release()`.
 
-    Leaving the `async with` closes the stream, and that tells the source that no read of this attempt is under way any more: leave
-    only when all tickets are quiesced. Without `release` the lease stays, for another attempt.
+    Leaving the `async with` tells the source that no read of this attempt is under way any more: leave only when all tickets are
+    quiesced. Without `release` the lease stays, for another attempt.
     Every method raises LeaseLost (revoked, expired, fenced, failed), NodeLost, Incompatible, or DeadlineExceeded; after that only
     leaving is left.
     """
@@ -160,17 +87,20 @@ class Pull:
         self._handshake_s = handshake_s
         self._deadline = deadline
         self._progress_s = progress_s
-        self._line: _Line | None = None
-        self._call: PullCall | None = None
+        self._line: Line | None = None
+        self._number = 0
+        self._inbox = Inbox()
+        self._released = False
         self._complete = False
         self._lost = False  # the peer: another Pull should try another channel
         self._said_s = now_s()  # when the peer last heard of us
 
     async def __aenter__(self) -> Self:
         self._line = self._lines.take(self._address)
-        self._call = transfer_pb2_grpc.TransferStub(self._line.channel).Pull()
+        self._number, self._inbox = self._line.join()
         try:
-            await self._ask(transfer_pb2.PullRequest(open=self._opening), "queued")
+            self._say(transfer_pb2.PullRequest(open=self._opening))
+            await self._answer("queued")
         except BaseException:
             await self._leave()
             raise
@@ -180,8 +110,10 @@ class Pull:
         await self._leave()
 
     async def _leave(self) -> None:
-        assert self._call is not None and self._line is not None
-        self._call.cancel()
+        assert self._line is not None
+        if not self._released:
+            self._say(transfer_pb2.PullRequest(leave=transfer_pb2.PullLeave()))
+        self._line.leave(self._number)
         await self._lines.give_back(self._line, lost=self._lost)
 
     def __aiter__(self) -> Self:
@@ -202,37 +134,32 @@ class Pull:
         self._complete = announced.final is not None
         return announced
 
-    async def progress(self) -> None:
+    def progress(self) -> None:
         """Say, at most every progress_s, that reads go on, so that the lease does not expire under them."""
-        if now_s() - self._said_s < self._progress_s:
-            return
-        self._said_s = now_s()
-        try:
-            async with asyncio.timeout(self._deadline.sooner(self._handshake_s).left_s()):
-                await self._say(transfer_pb2.PullRequest(progress=transfer_pb2.PullProgress()))
-        except TimeoutError as error:
-            raise self._silent() from error
+        if now_s() - self._said_s >= self._progress_s:
+            self._said_s = now_s()
+            self._say(transfer_pb2.PullRequest(progress=transfer_pb2.PullProgress()))
 
     async def release(self) -> None:
         """All reads have ended well: the source may use the blocks again. Only after the final announcement; returns when it is agreed."""
-        await self._ask(transfer_pb2.PullRequest(release=transfer_pb2.PullRelease(attempt=self._opening.attempt)), "released")
+        self._say(transfer_pb2.PullRequest(release=transfer_pb2.PullRelease(attempt=self._opening.attempt)))
+        await self._answer("released")
+        self._released = True
 
-    async def _ask(self, request: transfer_pb2.PullRequest, answer: str) -> None:
-        """Say something and be answered, both within the handshake deadline."""
+    async def _answer(self, expected: str) -> None:
+        """Wait for it, at most until the handshake deadline."""
         try:
             async with asyncio.timeout(self._deadline.sooner(self._handshake_s).left_s()):
-                await self._say(request)
                 reply = await self._read()
         except TimeoutError as error:
             raise self._silent() from error
-        if reply.WhichOneof("reply") != answer:
+        if reply.WhichOneof("reply") != expected:
             raise self._nonsense(reply)
 
-    async def _say(self, request: transfer_pb2.PullRequest) -> None:
-        assert self._call is not None, "enter the Pull first"
-        # A call that is over says why when it is read.
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-            await self._call.write(request)
+    def _say(self, request: transfer_pb2.PullRequest) -> None:
+        assert self._line is not None, "enter the Pull first"
+        request.pull = self._number
+        self._line.say(request)
 
     def _silent(self) -> BatonError:
         if self._deadline.passed():
@@ -242,13 +169,12 @@ class Pull:
         return NodeLost(message, stage="pull", node=self._address, cause="handshake")
 
     async def _read(self) -> transfer_pb2.PullReply:
-        assert self._call is not None, "enter the Pull first"
-        try:
-            reply = await self._call.read()
-        except grpc.RpcError as error:
-            raise self._broken(error) from error
-        if not isinstance(reply, transfer_pb2.PullReply):
-            raise NodeLost(f"{self._address} has closed the Pull", stage="pull", node=self._address)
+        reply = await self._inbox.get()
+        if isinstance(reply, grpc.RpcError):
+            raise self._broken(reply) from reply
+        if reply is None:
+            self._lost = True
+            raise NodeLost(f"the line to {self._address} was closed", stage="pull", node=self._address)
         if reply.WhichOneof("reply") == "error":
             raise _refused(reply.error)
         return reply

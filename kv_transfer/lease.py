@@ -1,6 +1,6 @@
 """A prefill's promise to keep blocks readable, as a state machine. Pure: time comes in as an argument, effects go out as values.
 
-A *link* is one open Pull stream, named by its attempt. Its peer may read blocks until the link has closed, so a lease that ended
+A *link* is one open Pull, named by its attempt. Its peer may read blocks until the link has closed, so a lease that ended
 is *settled*, and its blocks may be used again, only when it has no link any more: a timer alone never frees a block.
 A settled lease leaves a tombstone, so that late messages about it are answered instead of awaited.
 
@@ -99,7 +99,7 @@ class Announced:
 class Lease:
     """One lease. Owned by its LeaseTable; ends by release, failure or `deadline_s`, settles when its last link closes.
 
-    attempt: the highest that has pulled, 0 before any. links: attempts whose Pull stream is open. opened: its request has come.
+    attempt: the highest that has pulled, 0 before any. links: attempts whose Pull is open. opened: its request has come.
     accepted: a decode group has reserved room for the reader; no longer once that has left. blocks: (id, generation) announced.
     error: why it failed.
     deadline_s: when it expires, on the caller's clock.

@@ -1,33 +1,16 @@
-"""Copying spans out of a mapped pool, in slices. Knows not whose mapping it is: loopback and shm bring theirs.
-
-memmove releases the GIL and reaches 0.6–0.8 of memcpy from 128 KiB a span up; for smaller spans the loop around it costs as much as the
-copying. Those come in regular patterns (one piece per layer and part, at fixed steps), which numpy copies as one strided array.
-"""
+"""Reading a mapped pool, checked before and after, in slices. Knows not whose mapping it is: loopback and shm bring theirs."""
 
 from __future__ import annotations
 
-import ctypes
-from collections import deque
 from collections.abc import Callable, Iterator
-
-import numpy as np
-from numpy.typing import NDArray
 
 from baton.deadline import Deadline
 from baton.errors import BatonError, DeadlineExceeded, LeaseLost
-from kv_transfer.pool import View, address_of
+from kv_transfer.copying import move, sliced
+from kv_transfer.pool import View
+from kv_transfer.resident import ahead
 from kv_transfer.thread import TransferThread
-from kv_transfer.transport import Check, Int64, Spans, Ticket
-
-UInt8 = NDArray[np.uint8]
-
-SLICE_BYTES = 8 * 2**20  # the most copied between two looks at sockets, aborts and deadlines: about a millisecond
-_STRIDED_BELOW = 64 * 2**10
-_MIN_PATTERN = 4
-
-_memmove = ctypes.CDLL(None).memmove
-_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_memmove.restype = None
+from kv_transfer.transport import Check, Spans, Ticket
 
 
 class MemoryReads:
@@ -61,6 +44,12 @@ class MemoryReads:
         for copy in tuple(self._copies):
             copy.end(error)
 
+    def map_ahead(self) -> Iterator[None]:
+        """Have the pages of the source mapped before they are read for the first time: work for the thread, ended by `close`."""
+        steps = iter(()) if self._view is None else ahead(self._view.data, write=False)
+        while self._view is not None and next(steps, _DONE) is not _DONE:
+            yield
+
     @property
     def view(self) -> View:
         """The source, while it is open."""
@@ -86,6 +75,9 @@ class MemoryReads:
     def ended(self, copy: _Copy) -> None:
         """A copy is over."""
         self._copies.discard(copy)
+
+
+_DONE = object()
 
 
 class _Copy:
@@ -130,65 +122,3 @@ class _Copy:
         if not self._over and self._deadline.passed():
             self.end(DeadlineExceeded("the blocks were not read in time", stage="pull"))
         return not self._over
-
-
-def sliced(spans: Spans) -> Iterator[Spans]:
-    """The spans in portions of at most SLICE_BYTES."""
-    spans = _shortened(spans)
-    ends = np.cumsum(spans.nbytes)
-    at = 0
-    while at < len(spans):
-        done = int(ends[at - 1]) if at else 0
-        until = max(at + 1, int(np.searchsorted(ends, done + SLICE_BYTES, side="right")))
-        yield spans[at:until]
-        at = until
-
-
-def _shortened(spans: Spans) -> Spans:
-    """Spans of more than SLICE_BYTES, as neighbouring blocks make them, cut into several."""
-    counts = -(-spans.nbytes // SLICE_BYTES)
-    if not (counts > 1).any():
-        return spans
-    of = np.repeat(np.arange(len(spans)), counts)
-    at = SLICE_BYTES * (np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts))
-    return Spans(spans.source[of] + at, spans.target[of] + at, np.minimum(spans.nbytes[of] - at, SLICE_BYTES))
-
-
-def move(spans: Spans, source: memoryview, target: memoryview) -> None:
-    """Copy all spans, which lie within both buffers."""
-    at = 0
-    for start, end in _regular(spans):
-        _move_each(spans[at:start], source, target)
-        _move_strided(spans[start:end], source, target)
-        at = end
-    _move_each(spans[at:], source, target)
-
-
-def _regular(spans: Spans) -> Iterator[tuple[int, int]]:
-    """Ranges of at least _MIN_PATTERN small spans of one size at fixed steps on both sides; in order, without overlap."""
-    if len(spans) < _MIN_PATTERN or int(spans.nbytes.min()) >= _STRIDED_BELOW:
-        return
-    steps = np.stack([np.diff(spans.source), np.diff(spans.target), np.diff(spans.nbytes)])
-    starts = np.flatnonzero(np.concatenate([[True], (steps[:, 1:] != steps[:, :-1]).any(axis=0)]))
-    ends = np.append(starts[1:], len(spans) - 1)  # steps start..end - 1 are equal, so spans start..end are regular
-    keep = (ends - starts >= _MIN_PATTERN) & (steps[2, starts] == 0) & (spans.nbytes[starts] < _STRIDED_BELOW)
-    at = 0
-    for start, end in zip(starts[keep].tolist(), (ends[keep] + 1).tolist(), strict=True):
-        yield max(start, at), end
-        at = end
-
-
-def _move_each(spans: Spans, source: memoryview, target: memoryview) -> None:
-    if len(spans):
-        sources = (spans.source + address_of(source)).tolist()
-        targets = (spans.target + address_of(target)).tolist()
-        deque(map(_memmove, targets, sources, spans.nbytes.tolist()), maxlen=0)
-
-
-def _move_strided(spans: Spans, source: memoryview, target: memoryview) -> None:
-    _rows(spans.target, spans, target)[...] = _rows(spans.source, spans, source)
-
-
-def _rows(starts: Int64, spans: Spans, buffer: memoryview) -> UInt8:
-    """uint8 [num_spans, nbytes], a view at fixed steps; numpy refuses one that leaves the buffer."""
-    return np.ndarray((len(starts), int(spans.nbytes[0])), np.uint8, buffer, int(starts[0]), (int(starts[1] - starts[0]), 1))

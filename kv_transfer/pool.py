@@ -107,6 +107,8 @@ class Pool:
         size = data_from + ALIGNMENT + num_blocks * block_bytes
         self._fd = _sealed_memfd(size) if shared else None
         mapping = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if self._fd is None else mmap.mmap(self._fd, size)
+        if self._fd is None:
+            mapping.madvise(mmap.MADV_HUGEPAGE)  # blocks lie scattered: fewer entries to translate their addresses, fewer faults
         data_offset = data_from + -(_address(mapping) + data_from) % ALIGNMENT
         mapping[: _HEADER.size] = Header(self.nonce, incarnation, num_blocks, block_bytes, generations_offset, data_offset).pack()
         self._view = View.of(mapping)

@@ -14,6 +14,7 @@ from kv_transfer.layout import KVLayout
 from kv_transfer.nonsense import nonsense
 from kv_transfer.pool import Pool
 from kv_transfer.reshard import SourceReads, plan, spans
+from kv_transfer.resident import ahead
 from kv_transfer.tcp_frame import MAX_BLOCKS
 from kv_transfer.thread import TransferThread
 from kv_transfer.transport import Check, Destination, Export, Spans, Ticket
@@ -75,6 +76,7 @@ class Reader:
         self._lock = threading.Lock()
         self._peers: dict[bytes, Peer] = {}
         thread.post(lambda: thread.on_exit(self._close_all))
+        thread.post(lambda: thread.spare(ahead(target, write=True)))
 
     def connect(self, incarnation: bytes, exports: Sequence[Export], deadline: Deadline) -> Peer:
         """Plan and prove the way to a prefill node, once per incarnation. Raises Incompatible, Unavailable, DeadlineExceeded."""

@@ -8,30 +8,33 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import grpc
 
 from baton import rpc
 from baton.config import PROTOCOL_VERSION
 from baton.deadline import Deadline, now_s
-from baton.errors import BatonError, Incompatible, InvalidRequest, LeaseLost, Unavailable
+from baton.errors import BatonError, Incompatible, InvalidRequest, LeaseLost, ResourceExhausted, Unavailable
 from baton.v1 import node_pb2, transfer_pb2, transfer_pb2_grpc
 from baton.wire import error_to_message, finish_to_message, logprob_to_message
 from kv_transfer.layout import KVLayout
 from kv_transfer.lease import Announced, FinalToken, Lease, LeaseState, LeaseTable
+from kv_transfer.line import MAX_WORDS
+from kv_transfer.link import Link, PullerLine
 from kv_transfer.transport import Export
 
-Context = grpc.aio.ServicerContext[transfer_pb2.PullRequest, transfer_pb2.PullReply]
+Context = grpc.aio.ServicerContext[transfer_pb2.PullRequests, transfer_pb2.PullReplies]
+MESSAGE_BLOCKS = 2**16  # announced in one message, or little more; a single announcement may be longer
 
 
 class TransferService(transfer_pb2_grpc.TransferServicer):
-    """Leases of one prefill incarnation and the Pull streams that read them. One event loop owns it; nothing in it blocks.
+    """Leases of one prefill incarnation and the Pulls that read them. One event loop owns it; nothing in it blocks.
 
     For every number given to `open`, exactly one `on_ended(number, state)` comes, possibly from within the call that ended it: from
     then on nobody reads the blocks. `on_opened(number)`: a decode pulls an opened lease. `on_closed(number)`: its last Pull went
     away without release, nobody reads its blocks now; the lease is held for another one until lease_s have passed.
-    drain_s: how long the peer of a fenced or ended lease may take to stop reading before its stream is closed for it. No stream
+    drain_s: how long the peer of a fenced or ended lease may take to stop reading before its Pull is closed for it. No Pull
     outlives its lease by more, whatever its peer does (it may be stopped, and not even take what is written): a read that it has still
     under way finds other generations. max_pulls: more are refused.
     """
@@ -58,7 +61,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         self._handshake_s = handshake_s
         self._drain_s = drain_s
         self._table = LeaseTable(lease_s=lease_s, handshake_s=handshake_s, max_leases=max_leases, max_links=max_pulls)
-        self._links: defaultdict[int, dict[int, _Link]] = defaultdict(dict)  # by number and attempt; each ends with its stream
+        self._links: defaultdict[int, dict[int, Link]] = defaultdict(dict)  # by number and attempt; see Link
         self._timer: asyncio.TimerHandle | None = None
         self._armed_s = math.inf
 
@@ -73,7 +76,7 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
 
     @property
     def num_pulls(self) -> int:
-        """Open Pull streams."""
+        """Open Pulls."""
         return sum(len(links) for links in self._links.values())
 
     def open(self, number: int, deadline: Deadline) -> bool:
@@ -111,93 +114,149 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         if self._timer is not None:
             self._timer.cancel()
 
-    async def Pull(self, request_iterator: AsyncIterator[transfer_pb2.PullRequest], context: Context) -> None:
-        """See transfer.proto. Peers close their side only when their reads have ended: the end of the stream is an acknowledgement."""
-        opening = await self._opening(request_iterator)
-        if opening is None:
-            await rpc.abort(context, InvalidRequest("a Pull starts with open", stage="pull", node=self._node))
+    async def Pulls(self, request_iterator: AsyncIterator[transfer_pb2.PullRequests], context: Context) -> None:
+        """See transfer.proto. Peers leave a Pull only when their reads have ended: that, or the stream's end, is an acknowledgement."""
+        first = await self._first(request_iterator)
+        if first is None:
+            await rpc.abort(context, InvalidRequest("whoever opens a stream of Pulls opens one", stage="pull", node=self._node))
+        line = PullerLine()
+        telling = asyncio.create_task(self._tell(line, context))
+        listening = asyncio.create_task(self._listen(line, first, request_iterator))
         try:
-            link = self._link(opening)
-        except BatonError as error:
-            await context.write(self._error_reply(error))
-            return
-        serving = asyncio.create_task(self._serve(link, context))
-        listening = asyncio.create_task(self._listen(request_iterator, link))
-        try:
-            await link.over.wait()  # at the latest at the lease's own deadline
-            await asyncio.wait({listening}, timeout=self._drain_s)
-            self._close_link(link)
-            await asyncio.wait({serving}, timeout=self._drain_s)
+            await asyncio.wait({telling, listening}, return_when=asyncio.FIRST_COMPLETED)
+            self._end_line(line)
+            if listening.done() and listening.exception():
+                line.hush()
+            # Not cancelled before that: a write that is broken off would break off the status, too.
+            await asyncio.wait({telling}, timeout=self._drain_s)
         finally:
-            self._close_link(link)
-            serving.cancel()
+            self._end_line(line)
+            telling.cancel()
             listening.cancel()
-            outcomes = await asyncio.gather(serving, listening, return_exceptions=True)
+            outcomes = await asyncio.gather(telling, listening, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome  # a bug in them is not lost
 
-    async def _opening(self, requests: AsyncIterator[transfer_pb2.PullRequest]) -> transfer_pb2.PullOpen | None:
+    async def _first(self, requests: AsyncIterator[transfer_pb2.PullRequests]) -> transfer_pb2.PullRequests | None:
+        """What a stream says first, if it does so in time and means a Pull."""
         try:
             async with asyncio.timeout(self._handshake_s):
-                request = await anext(requests)
+                message = await anext(requests)
         except (TimeoutError, StopAsyncIteration):
             return None
-        return request.open if request.WhichOneof("request") == "open" else None
+        return message if any(request.HasField("open") for request in message.requests) else None
 
-    def _link(self, opening: transfer_pb2.PullOpen) -> _Link:
+    async def _listen(self, line: PullerLine, first: transfer_pb2.PullRequests, requests: AsyncIterator[transfer_pb2.PullRequests]) -> None:
+        self._heard_all(line, first)
+        async for message in requests:
+            self._heard_all(line, message)
+
+    def _heard_all(self, line: PullerLine, message: transfer_pb2.PullRequests) -> None:
+        if len(message.requests) > MAX_WORDS:
+            raise InvalidRequest(f"{len(message.requests)} words in one message; {MAX_WORDS} are the most", stage="pull", node=self._node)
+        for request in message.requests:
+            self._heard(line, request)
+        if line.num_untold > self._table.max_links + MAX_WORDS:
+            raise ResourceExhausted("the puller asks, and does not read the answers", stage="pull", node=self._node, cause="unread")
+
+    def _heard(self, line: PullerLine, request: transfer_pb2.PullRequest) -> None:
+        link = line.links.get(request.pull)
+        try:
+            if link is None:
+                self._heard_anew(line, request)
+            else:
+                self._heard_of(link, request)
+        except BatonError as error:
+            if link is None:
+                line.refuse(request.pull, error)
+            else:
+                self._end_link(link, error)
+
+    def _heard_anew(self, line: PullerLine, request: transfer_pb2.PullRequest) -> None:
+        """Of a Pull that is not open: it is opened, or was closed and this is late."""
+        is_new = request.pull > line.last_number
+        if not request.HasField("open") and is_new:
+            raise InvalidRequest("a Pull starts with open", stage="pull")
+        if request.HasField("open"):
+            if not is_new:
+                raise InvalidRequest(f"number {request.pull} was used for a Pull before", stage="pull")
+            line.last_number = request.pull
+            self._open_link(line, request.pull, request.open)
+
+    def _heard_of(self, link: Link, request: transfer_pb2.PullRequest) -> None:
+        match request.WhichOneof("request"):
+            case "progress":
+                self._table.read(link.number, link.attempt, now_s())  # a later deadline: the timer finds it when it looks
+            case "leave":
+                self._close_link(link)
+                link.hush()
+            case "release" if request.release.attempt == link.attempt:
+                self._table.release(link.number, link.attempt, now_s())
+                link.released = True
+                link.wake()
+                self._close_link(link)  # the release says that its reads have ended
+            case _:
+                raise InvalidRequest("after open, a Pull takes only progress, the release of its own attempt, and leave", stage="pull")
+
+    def _open_link(self, line: PullerLine, pull: int, opening: transfer_pb2.PullOpen) -> None:
         if opening.protocol_version != PROTOCOL_VERSION:
             raise Incompatible(f"the puller speaks protocol {opening.protocol_version}, this node {PROTOCOL_VERSION}", stage="pull")
         if opening.lease.prefill_incarnation != self._incarnation:
             raise LeaseLost("the lease is of another incarnation of this node", stage="pull", cause="incarnation")
         number = opening.lease.number
         lease = self._table.pull(number, opening.attempt, now_s())
-        link = self._links[number][opening.attempt] = _Link(number, opening.attempt, opening.have_blocks)
+        link = self._links[number][opening.attempt] = Link(line, pull, number, opening.attempt, opening.have_blocks)
+        line.links[pull] = link
         self._changed(number)  # also tells the fenced ones
         if lease.opened:
             self._on_opened(number)
-        return link
 
-    async def _serve(self, link: _Link, context: Context) -> None:
-        """Write what the link should know, until its peer has released, has left, or is told that the lease is over."""
+    async def _tell(self, line: PullerLine, context: Context) -> None:
+        """Write what the stream's links should know; ends when the line is over and all is told."""
+        while True:
+            while words := self._words(line):
+                await context.write(transfer_pb2.PullReplies(replies=words))
+            if line.over:
+                return
+            await line.changed.wait()  # ended by a lease's deadline, a word of the peer, or its end
+            line.changed.clear()
+
+    def _words(self, line: PullerLine) -> list[transfer_pb2.PullReply]:
+        """The next message: everything that is to be told, unless that is very much."""
+        words = [self._error_reply(error, pull) for pull, error in line.refused.items()]
+        line.refused.clear()
+        num_blocks = 0
+        while line.ready and num_blocks < MESSAGE_BLOCKS:
+            link = line.ready.popitem(last=False)[1]
+            for word in self._words_of(link):
+                word.pull = link.pull
+                words.append(word)
+                num_blocks += len(word.announcement.block_ids)
+        return words
+
+    def _words_of(self, link: Link) -> Iterator[transfer_pb2.PullReply]:
+        if not link.queued:
+            link.queued = True
+            yield transfer_pb2.PullReply(queued=transfer_pb2.PullQueued())
+        announced = self._news(link)
+        if announced is not None:
+            yield transfer_pb2.PullReply(announcement=_announcement_message(announced))
+        if link.released:
+            yield transfer_pb2.PullReply(released=transfer_pb2.Released())
+        elif link.error is not None and not link.told:
+            link.told = True
+            yield self._error_reply(link.error)
+
+    def _news(self, link: Link) -> Announced | None:
+        """What was announced since; a peer that says that it has more than there is ends."""
         try:
-            await context.write(transfer_pb2.PullReply(queued=transfer_pb2.PullQueued()))
-            while not link.over.is_set():
-                announced = link.news(self._table.get(link.number))
-                if announced is not None:
-                    await context.write(transfer_pb2.PullReply(announcement=_announcement_message(announced)))
-                else:
-                    await link.changed.wait()  # ended by the lease's own deadline at the latest
-                    link.changed.clear()
-            if link.released:
-                await context.write(transfer_pb2.PullReply(released=transfer_pb2.Released()))
-            elif link.error is not None:
-                await context.write(self._error_reply(link.error))
-        finally:
-            link.over.set()
+            return link.news(self._table.get(link.number))
+        except InvalidRequest as error:
+            self._end_link(link, error)
+            return None
 
-    async def _listen(self, requests: AsyncIterator[transfer_pb2.PullRequest], link: _Link) -> None:
-        try:
-            async for request in requests:
-                self._heard(link, request)
-        finally:
-            link.end()
-
-    def _heard(self, link: _Link, request: transfer_pb2.PullRequest) -> None:
-        if request.WhichOneof("request") == "progress":
-            self._table.read(link.number, link.attempt, now_s())  # a later deadline: the timer finds it when it looks
-            return
-        try:
-            if request.WhichOneof("request") != "release" or request.release.attempt != link.attempt:
-                raise InvalidRequest("after open, a Pull takes only progress and the release of its own attempt", stage="pull")
-            self._table.release(link.number, link.attempt, now_s())
-            link.released = True
-            link.end()
-        except BatonError as error:
-            link.end(error)
-        self._changed(link.number)
-
-    def _verdict(self, link: _Link) -> BatonError | None:
+    def _verdict(self, link: Link) -> BatonError | None:
         """Why the link has nothing to hope for any more, if so."""
         lease = self._table.get(link.number)
         if lease is None:
@@ -210,10 +269,21 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
             return lease.error or LeaseLost(f"lease {link.number} was {lease.state.value}", stage="pull", cause=lease.state.value)
         return None
 
-    def _close_link(self, link: _Link) -> None:
-        links = self._links.get(link.number, {})
-        if links.get(link.attempt) is not link:
+    def _end_link(self, link: Link, error: BatonError) -> None:
+        """Its peer has nothing to hope for any more, and is told so; the first word counts. Closed when it leaves, or soon."""
+        if not link.over:
+            link.end(error, asyncio.get_running_loop().call_later(self._drain_s, self._close_link, link))
+
+    def _end_line(self, line: PullerLine) -> None:
+        for link in tuple(line.links.values()):
+            self._close_link(link)
+        line.end()
+
+    def _close_link(self, link: Link) -> None:
+        """No read of it is under way any more, or it is fenced for good."""
+        if not link.close():
             return
+        links = self._links[link.number]
         del links[link.attempt]
         if not links:
             del self._links[link.number]
@@ -225,11 +295,11 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
 
     def _changed(self, number: int) -> None:
         """Pass on what an event has brought about: to the links, to the node, to the clock."""
-        for link in self._links.get(number, {}).values():
-            link.changed.set()
+        for link in tuple(self._links.get(number, {}).values()):
+            link.wake()
             error = self._verdict(link)
             if error is not None:
-                link.end(error)
+                self._end_link(link, error)
         for lease in self._table.take_settled():
             if lease.opened:
                 self._on_ended(lease.number, lease.state)
@@ -250,46 +320,10 @@ class TransferService(transfer_pb2_grpc.TransferServicer):
         for lease in overdue:
             self._changed(lease.number)
 
-    def _error_reply(self, error: BatonError) -> transfer_pb2.PullReply:
-        reply = transfer_pb2.PullReply(error=error_to_message(error))
+    def _error_reply(self, error: BatonError, pull: int = 0) -> transfer_pb2.PullReply:
+        reply = transfer_pb2.PullReply(error=error_to_message(error), pull=pull)
         reply.error.node = error.node or self._node
         return reply
-
-
-class _Link:
-    """One Pull stream. Made by its open, ended by `TransferService.Pull`, whatever ends that."""
-
-    def __init__(self, number: int, attempt: int, have_blocks: int) -> None:
-        self.number = number
-        self.attempt = attempt
-        self.released = False
-        self.error: BatonError | None = None
-        self.changed = asyncio.Event()
-        self.over = asyncio.Event()  # released, refused, or its peer has left: its reads have ended, or must end now
-        self._next_block = have_blocks
-        self._all_told = False
-
-    def end(self, error: BatonError | None = None) -> None:
-        """Nothing more is to be told but the error, if there is one; the first word counts."""
-        if not self.over.is_set():
-            self.error = error
-        self.over.set()
-        self.changed.set()
-
-    def news(self, lease: Lease | None) -> Announced | None:
-        """What the peer has not been told yet. One that says that it has more than there is ends."""
-        if lease is None or self._all_told or not lease.opened:
-            return None
-        try:
-            announced = lease.announced_from(self._next_block)
-        except InvalidRequest as error:
-            self.end(error)
-            return None
-        if not announced.block_ids and announced.final is None:
-            return None
-        self._next_block += len(announced.block_ids)
-        self._all_told = announced.final is not None
-        return announced
 
 
 def layout_message(layout: KVLayout) -> node_pb2.KVLayout:

@@ -121,7 +121,7 @@ class ShmDestination:
         self._line = line
         # No reference back to this object: the mapping has to go with the last reference, not with the next garbage collection.
         self._reads = MemoryReads(thread, view, export.nonce, target, partial(_lost, line, export.rank))
-        thread.post(lambda: thread.watch(line, READ, lambda _: self._ended(export.rank)))
+        thread.post(lambda: self._begin(export.rank))
 
     @classmethod
     def connect(cls, thread: TransferThread, export: Export, target: memoryview, deadline: Deadline) -> Self:
@@ -149,6 +149,11 @@ class ShmDestination:
         if self._line.fileno() >= 0:
             self._thread.unwatch(self._line)
             self._line.close()
+
+    def _begin(self, rank: int) -> None:
+        if self._line.fileno() >= 0:
+            self._thread.watch(self._line, READ, lambda _: self._ended(rank))
+            self._thread.spare(self._reads.map_ahead())
 
     def _ended(self, rank: int) -> None:
         error = _lost(self._line, rank)

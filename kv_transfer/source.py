@@ -7,6 +7,7 @@ from baton.errors import BatonError
 from kv_transfer.choose import host_id
 from kv_transfer.layout import KVLayout
 from kv_transfer.pool import Pool
+from kv_transfer.resident import ahead
 from kv_transfer.shm import ShmSource
 from kv_transfer.tcp_source import TcpSource
 from kv_transfer.thread import TransferThread
@@ -47,6 +48,7 @@ class SourceRank:
             pool_bytes=len(pool.data),
         )
         thread.run(lambda: thread.on_exit(self._end), Deadline.after(START_S))
+        thread.post(lambda: thread.spare(ahead(pool.data, write=True)))
 
     def close(self) -> None:
         """Serve no more, from any thread; returns when all sockets are closed."""

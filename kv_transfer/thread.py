@@ -64,6 +64,7 @@ class TransferThread:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = count()
         self._work: deque[Iterator[None]] = deque()
+        self._spare: deque[Iterator[None]] = deque()
         self._exits: list[Callable[[BatonError], None]] = []
         self._selector = selectors.DefaultSelector()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -82,7 +83,8 @@ class TransferThread:
             if not self._open:
                 return False
             self._calls.append(call)
-            os.eventfd_write(self._wake_fd, 1)
+            if len(self._calls) == 1:  # else the thread was woken for those before, and looks for more before it sleeps
+                os.eventfd_write(self._wake_fd, 1)
             return True
 
     def run(self, call: Callable[[], T], deadline: Deadline) -> T:
@@ -139,6 +141,10 @@ class TransferThread:
         """Run an iterator to its end, a step at a time, in turn with all others."""
         self._work.append(slices)
 
+    def spare(self, slices: Iterator[None]) -> None:
+        """The same for what nobody waits for: only while there is no other work."""
+        self._spare.append(slices)
+
     def _main(self) -> None:
         try:
             while not self._stopping:
@@ -161,7 +167,7 @@ class TransferThread:
         self._run_slice()
 
     def _patience_s(self) -> float | None:
-        if self._work or self._calls:
+        if self._work or self._spare or self._calls:
             return 0
         return min(max(0.0, self._timers[0][0] - time.monotonic()), MAX_PATIENCE_S) if self._timers else None
 
@@ -178,10 +184,11 @@ class TransferThread:
             heapq.heappop(self._timers)[2].fire()
 
     def _run_slice(self) -> None:
-        if self._work:
-            slices = self._work.popleft()
+        line = self._work or self._spare
+        if line:
+            slices = line.popleft()
             if next(slices, _END) is not _END:
-                self._work.append(slices)
+                line.append(slices)
 
     def _stop(self) -> None:
         self._stopping = True
@@ -202,7 +209,7 @@ class TransferThread:
     def _end_pending(self, why: BatonError) -> None:
         for future in tuple(self._pending):
             future.set_exception(why)
-        for kept in (self._exits, self._timers, self._work):  # they hold mappings
+        for kept in (self._exits, self._timers, self._work, self._spare):  # they hold mappings
             kept.clear()
 
     def _post_stop(self, call: Callable[[], None]) -> None:

@@ -127,6 +127,9 @@ class PrefillLeader:
         self.desk.flush()
         self._announce(outcome)
 
+    def tell(self) -> None:
+        """Nothing is left to say: `apply` has said it, for the next plan may revoke what it announced."""
+
     def _deliver(self, event: TokenEvent) -> None:
         """A request that nobody will pull is over with its token."""
         key = (event.request_id, event.attempt)

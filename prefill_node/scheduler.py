@@ -131,6 +131,7 @@ class PrefillScheduler:
         self._running: dict[int, _Prompt] = {}  # by arrival, while RUNNING
         self._requests: dict[str, dict[int, _Prompt]] = {}  # by request and attempt, until ENDED
         self._leases: dict[int, _Prompt] = {}  # those that have one, until ENDED
+        self._started: set[int] = set()  # leases of those that are not WAITING
         self._unaccepted: set[int] = set()  # leases of prompts that started and are not accepted (any more), RUNNING or HELD
         self._chunks: list[Chunk[_Prompt]] = []  # of the step between plan and apply
 
@@ -153,7 +154,7 @@ class PrefillScheduler:
         self._requests.setdefault(request.request_id, {})[request.attempt] = prompt
         if lease:
             self._leases[lease] = prompt
-        self._line.join(prompt.arrival, prompt)
+        self._wait(prompt)
 
     def accept(self, lease: int) -> None:
         """A decode group has reserved room for the sequence of this lease (design rule 3)."""
@@ -219,10 +220,7 @@ class PrefillScheduler:
         assert not self._chunks, "the step before was not applied"
         shares = Shares.of(self._max_step_tokens, list(self._running.values()))
         elders = self._elders()
-        self._line.serve(
-            partial(self._start, shares, elders),
-            lambda prompt: (False, prompt.arrival) if prompt.arrival in elders else (True, prompt.num_expected, prompt.arrival),
-        )
+        self._line.serve_by_size(partial(self._start, shares, elders), elders, self._may_start)
         shares.serve(math.inf)
         step = Step[_Prompt]()
         for prompt, count in shares.given:
@@ -257,13 +255,12 @@ class PrefillScheduler:
         return PrefillOutcome(tuple(events), tuple(announcements), tuple(ended), tuple(failed))
 
     def load(self) -> PrefillLoad:
-        """How busy this node is. O(prompts)."""
-        unfinished = [*self._line.items(), *self._running.values()]
+        """How busy this node is. O(prompts that run)."""
         return PrefillLoad(
             waiting=len(self._line),
             running=len(self._running),
-            waiting_tokens=sum(prompt.num_left for prompt in unfinished),
-            leases=sum(prompt.stage is not Stage.WAITING for prompt in self._leases.values()),
+            waiting_tokens=self._line.num_tokens + sum(prompt.num_left for prompt in self._running.values()),
+            leases=len(self._started),
         )
 
     def idle(self) -> bool:
@@ -277,16 +274,15 @@ class PrefillScheduler:
             raise ResourceExhausted(why, stage="prefill", cause="prefill_queue", retry_after_s=RETRY_AFTER_S)
 
     def _elders(self) -> set[int]:
-        """Who has a turn before the shorter ones: the oldest that can start, if it is older than all that run, and all before it.
-
-        Those before it may not start, or find no room: then its turn has come all the same.
-        """
+        """Who has a turn before the shorter ones: the oldest that can start, if it is older than all that run, and all before it that
+        find no room: their turn has come all the same."""
         limit = min(self._running, default=math.inf)
         elders: set[int] = set()
         for prompt in takewhile(lambda prompt: prompt.arrival < limit, self._line.items()):
-            elders.add(prompt.arrival)
-            if self._may_start(prompt) and self._fits(prompt):
-                break
+            if self._may_start(prompt):
+                elders.add(prompt.arrival)
+                if self._fits(prompt):
+                    break
         return elders
 
     def _start(self, shares: Shares[_Prompt], elders: set[int], prompt: _Prompt) -> Answer:
@@ -299,6 +295,7 @@ class PrefillScheduler:
         if not prompt.sequence.begin(self._pool, self._num_blocks(prompt)):
             return Answer.NO_ROOM if prompt.wanted else Answer.NOT_YET
         prompt.step(PromptEvent.START)
+        self._started |= {prompt.lease} if prompt.lease else set()
         self._running[prompt.arrival] = prompt
         if not prompt.wanted:
             self._unaccepted.add(prompt.lease)
@@ -349,8 +346,12 @@ class PrefillScheduler:
         prompt.num_announced = 0
         prompt.revoked = True
         self._unaccepted.remove(prompt.lease)
+        self._started.remove(prompt.lease)
         prompt.step(PromptEvent.REVOKE)
-        self._line.join(prompt.arrival, prompt)
+        self._wait(prompt)
+
+    def _wait(self, prompt: _Prompt) -> None:
+        self._line.join(prompt.arrival, prompt, size=prompt.num_expected, num_tokens=prompt.num_left)
 
     def _end(self, prompt: _Prompt) -> bool:
         """The prompt is over: give up its blocks now, True, or as soon as no step writes and no pull reads them."""
@@ -374,3 +375,4 @@ class PrefillScheduler:
         if not attempts:
             del self._requests[request.request_id]
         self._leases.pop(prompt.lease, None)
+        self._started.discard(prompt.lease)

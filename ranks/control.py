@@ -179,6 +179,7 @@ def event_message(outbox: Outbox, load: node_pb2.Load) -> node_pb2.NodeEvent:
     """One step's events as one message."""
     return node_pb2.NodeEvent(
         tokens=wire.tokens_to_messages(outbox.tokens),
+        drawn=wire.drawn_to_message(outbox.drawn) if len(outbox.drawn) else None,
         accepted=[node_pb2.Accepted(request_id=request_id, attempt=attempt) for request_id, attempt in outbox.accepted],
         errors=[_error_message(key, error) for key, error in outbox.errors],
         pulls=[_pull_message(facts) for facts in outbox.pulls],

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 from baton.deadline import Deadline
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, InternalError, InvalidRequest, NodeLost, ResourceExhausted, Unavailable
-from baton.request import SequenceRequest, TokenEvent
+from baton.request import Drawn, SequenceRequest, TokenEvent
 from ranks.remembered import Remembered
 from ranks.session import Key, Session
 
@@ -187,6 +187,22 @@ class Desk(Generic[Facts]):
             entry.finished = event.finish_reason is not None
             self._dirty[entry.session] = None
         return entry is not None
+
+    def deliver_drawn(self, drawn: Drawn) -> None:
+        """Put single tokens of many attempts in their routers' outboxes, to go with the next `flush`; those of attempts that are over
+        are dropped.
+        """
+        entries = [self._entries.get(name, {}).get(attempt) for name, attempt in zip(drawn.request_ids, drawn.attempts, strict=True)]
+        sessions: dict[Session | None, None] = {}
+        for entry, output_index in zip(entries, drawn.output_indices, strict=True):
+            if entry is not None:
+                entry.next_index = output_index + 1
+            sessions[entry.session if entry else None] = None
+        for session in sessions:
+            if session is not None:
+                own = [entry is not None and entry.session is session for entry in entries] if len(sessions) > 1 else None
+                session.outbox.drawn.extend(drawn.only(own) if own else drawn)
+                self._dirty[session] = None
 
     def flush(self) -> None:
         """Send what a step has brought: one message per router."""

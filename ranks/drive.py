@@ -19,13 +19,18 @@ WakeOthers = Callable[[int], Awaitable[None]]
 
 
 class Planner(Protocol):
-    """Who decides a leader's steps. Both are called on the event loop, strictly in turn."""
+    """Who decides a leader's steps. Called on the event loop: plan, then apply if there was work, and plan again, which nothing comes
+    between. What can wait until the next step is under way is left to `tell`.
+    """
 
     def plan(self) -> Batch:
         """The next step's work, empty if there is none now."""
 
     def apply(self, sampled: Sampled) -> None:
-        """Take in what the planned step drew, and tell whom it concerns."""
+        """Take in what the planned step drew. As little as the next plan needs: no rank computes meanwhile."""
+
+    def tell(self) -> None:
+        """Tell whom it concerns what the steps before have brought; the next one is being computed, or there is none now."""
 
 
 class Drive:
@@ -108,10 +113,15 @@ class Drive:
         batch = self._planner.plan() if self._planner else None
         if self._state.asleep:
             if batch is None or not batch.num_tokens:
+                self._tell()
                 return False
             await self._wake_all()
         await self._run_step(batch)
         return True
+
+    def _tell(self) -> None:
+        if self._planner:
+            self._planner.tell()
 
     async def _wake_all(self) -> None:
         epoch = self._state.want_wake()
@@ -119,13 +129,19 @@ class Drive:
             await self._wake_others(epoch)
 
     async def _run_step(self, batch: Batch | None) -> None:
+        """Awaiting the step begins it; what this task does not do itself has its turn only then, `tell` first of all."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         self._in_step = True
+        telling = loop.create_task(self._tell_during_step())
         outcome = await self._step(batch)
+        await telling  # done long ago, unless it has failed
         self._in_step = False
         self.busy_s += loop.time() - began
         self.steps += not outcome.asleep
         if self._planner and batch is not None and batch.num_tokens:
             self._planner.apply(outcome.sampled)
         self._state.on_step(self._state.epoch + 1, outcome.asleep)
+
+    async def _tell_during_step(self) -> None:
+        self._tell()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from kv_transfer.layout import KVLayout
-from kv_transfer.transport import Export
+if TYPE_CHECKING:  # processes that only pass these values on need no numpy
+    from kv_transfer.layout import KVLayout
+    from kv_transfer.transport import Export
 
 
 @dataclass(frozen=True, slots=True)

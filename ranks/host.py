@@ -11,10 +11,12 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from baton.config import RankPlan
 from baton.engine.batch import Batch
 from baton.engine.config_json import load_spec
+from baton.engine.devices.cpu_threads import bind_threads
 from baton.engine.fingerprint import fingerprint
 from baton.engine.kv_cache import KVCache
 from baton.engine.kv_shape import KVShape
@@ -29,6 +31,7 @@ from kv_transfer.pool import Pool
 from kv_transfer.thread import TransferThread
 from kv_transfer.transport import Export
 from ranks.capacity import capacity
+from ranks.cores import Caution, Ledger, own_cores, was_worth_it
 from ranks.facts import GroupHello, LoadProgress, RankAddress, RankCounts
 from ranks.layouts import node_layouts, placement_of
 from ranks.service import Peer, wake_all
@@ -54,6 +57,9 @@ class RankHost:
         self.max_model_len = 0
         self._closing = contextlib.AsyncExitStack()
         self._step_thread = StepThread()
+        self._ledger: Ledger | None = None
+        self._cores: tuple[int, ...] = ()
+        self._caution = Caution()
 
     async def prepare(self) -> RankAddress:
         """Bind the rank's control port and find a free one for the collectives' store."""
@@ -104,12 +110,39 @@ class RankHost:
         )
         self._closing.callback(self.pool.close)
         await self._step_thread.run(self._load_engine)
+        self._ledger = self._join_ledger()
         self.progress = LoadProgress("ready")
 
     def _read_spec(self) -> tuple[ModelSpec, str]:
-        set_threads(self.plan.threads)
+        self._use_cores(own_cores(self.plan.cores, self.plan.first_core, self.plan.threads))
         config = self.plan.config
         return load_spec(config.model, config.dtype, config.quantization), fingerprint(config.model)
+
+    def _use_cores(self, cores: tuple[int, ...]) -> None:
+        """On the step thread: what it is told here holds for operations that begin there."""
+        if cores == self._cores:
+            return
+        if len(cores) != len(self._cores):
+            set_threads(len(cores))
+        if self.plan.config.cpu_binding == "cores":
+            bind_threads(cores)
+        self._cores = cores
+
+    def _join_ledger(self) -> Ledger | None:
+        """Where cores are lent; None where nobody could lend any."""
+        plan = self.plan
+        if not plan.ledger:
+            return None
+        ledger = Ledger(
+            Path(plan.ledger),
+            slot=plan.slot,
+            num_slots=plan.config.num_ranks,
+            first=plan.first_core,
+            num=plan.threads,
+            cores=plan.cores,
+        )
+        self._closing.callback(ledger.close)
+        return ledger
 
     def _steps_with_me(self, rank: int) -> bool:
         return self.placement.coupled or rank // self.plan.tp_size == self.plan.group
@@ -161,7 +194,26 @@ class RankHost:
 
     async def step(self, batch: Batch | None) -> StepOutcome:
         """One step together with the domain, on the step thread."""
-        return await self._step_thread.run(lambda: self.runner.step(batch))
+        return await self._step_thread.run(lambda: self._step(batch))
+
+    def _step(self, batch: Batch | None) -> StepOutcome:
+        """With all cores that are this rank's now. They are its own for the next step as well, unless nobody has work for it."""
+        if self._ledger is None:
+            return self.runner.step(batch)
+        cores, num_own = self._ledger.enter(), self.plan.threads
+        began_s = time.monotonic()
+        self._use_cores(cores if self._caution.allows(began_s) else cores[:num_own])
+        asleep, computed_s = False, time.thread_time()
+        try:
+            outcome = self.runner.step(batch)
+            asleep = outcome.asleep
+        finally:
+            self._ledger.leave(idle=asleep)
+        if len(self._cores) > num_own and not asleep:
+            ended_s = time.monotonic()
+            worth = was_worth_it(num_own, len(self._cores), time.thread_time() - computed_s, ended_s - began_s)
+            self._caution = self._caution.after(ended_s, worth)
+        return outcome
 
     async def wake_others(self, epoch: int) -> None:
         """Call the other ranks of the domain to step `epoch`."""

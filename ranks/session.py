@@ -7,7 +7,7 @@ import contextlib
 from dataclasses import dataclass, field
 
 from baton.errors import BatonError, ResourceExhausted
-from baton.request import BlockCounts, TokenEvent
+from baton.request import BlockCounts, Drawn, TokenEvent
 
 Key = tuple[str, int]
 MAX_BACKLOG = 4096
@@ -44,9 +44,13 @@ class GroupLoad:
 
 @dataclass(slots=True)
 class Outbox:
-    """Events not yet sent, in order within each kind. Whoever reads them takes tokens first, then what is said about attempts."""
+    """Events not yet sent, in order within each kind. Whoever reads them takes tokens first, then what is said about attempts.
+
+    drawn: tokens without anything to be said beside them, most by far; tokens: the others.
+    """
 
     tokens: list[TokenEvent] = field(default_factory=list)
+    drawn: Drawn = field(default_factory=Drawn)
     accepted: list[Key] = field(default_factory=list)
     errors: list[tuple[Key, BatonError]] = field(default_factory=list)
     pulls: list[PullFacts] = field(default_factory=list)
@@ -54,7 +58,13 @@ class Outbox:
     known: list[tuple[str, int, int]] = field(default_factory=list)  # request id, attempt, index of the next token
 
     def __len__(self) -> int:
-        return sum(len(kind) for kind in (self.tokens, self.accepted, self.errors, self.pulls, self.flushed, self.known))
+        about = (self.accepted, self.errors, self.pulls, self.flushed, self.known)
+        return self.num_tokens + sum(len(kind) for kind in about)
+
+    @property
+    def num_tokens(self) -> int:
+        """Token events, drawn ones included."""
+        return len(self.tokens) + len(self.drawn)
 
 
 class Session:
@@ -78,7 +88,7 @@ class Session:
     @property
     def backlogged(self) -> bool:
         """Whether the router is too far behind to be given more tokens."""
-        return len(self.outbox.tokens) > MAX_BACKLOG
+        return self.outbox.num_tokens > MAX_BACKLOG
 
     def flush(self) -> None:
         """Let what is in the outbox go out as one message."""

@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from baton.errors import Unavailable
 
 Result = TypeVar("Result")
-Work = tuple[Future[Any], Callable[[], Any]]
+Work = tuple["asyncio.Future[Any]", Callable[[], Any]]
+
+# How long one thread may keep the interpreter from another that wants it. With Python's own 5 ms a step that is ready to begin waits
+# for whatever the event loop is doing just then, and the loop for the step's many small operations.
+SWITCH_S = 0.0002
 
 
 class StepThread:
@@ -31,15 +35,15 @@ class StepThread:
     async def run(self, call: Callable[[], Result]) -> Result:
         """What `call` returns or raises, once its turn has come. Raises Unavailable on a thread that is closed.
 
-        A cancel is for the waiting: a call that has begun runs on.
+        The call is handed over before this awaits anything. A cancel is for the waiting: a call that has begun runs on.
         """
         if self._closed:
             raise Unavailable("the rank is closing", cause="closed")
         if self._thread.ident is None:
             self._thread.start()
-        future: Future[Result] = Future()
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._work.put((future, call))
-        return await asyncio.wrap_future(future)
+        return await future
 
     def close(self) -> None:
         """Begin nothing more; a call under way is left to itself. Those that wait for their turn are cancelled."""
@@ -50,6 +54,7 @@ class StepThread:
         self._work.put(None)
 
     def _main(self) -> None:
+        sys.setswitchinterval(SWITCH_S)
         while self._turn():
             continue
 
@@ -59,15 +64,26 @@ class StepThread:
         if work is None:
             return False
         future, call = work
-        if future.set_running_or_notify_cancel():
+        if not future.cancelled():
             _settle(future, call)
         return True
 
 
-def _settle(future: Future[Result], call: Callable[[], Result]) -> None:
+def _settle(future: asyncio.Future[Result], call: Callable[[], Result]) -> None:
     try:
         result = call()
     except BaseException as error:  # it is raised where the call was made, whatever it is
-        future.set_exception(error)
+        _answer(future, future.set_exception, error)
     else:
-        future.set_result(result)
+        _answer(future, future.set_result, result)
+
+
+def _answer(future: asyncio.Future[Any], answer: Callable[[Any], None], value: Any) -> None:
+    """On the loop that waits for it; if that was closed meanwhile, nobody does any more."""
+    with contextlib.suppress(RuntimeError):
+        future.get_loop().call_soon_threadsafe(_answered, future, answer, value)
+
+
+def _answered(future: asyncio.Future[Any], answer: Callable[[Any], None], value: Any) -> None:
+    if not future.done():  # else whoever waited was cancelled
+        answer(value)

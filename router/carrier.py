@@ -6,7 +6,7 @@ from typing import Protocol
 
 from baton.errors import BatonError, NodeLost
 from baton.request import TokenEvent
-from router.registry import Group
+from router.group import Group
 
 
 class Carrier(Protocol):
@@ -14,6 +14,9 @@ class Carrier(Protocol):
 
     def on_tokens(self, group: Group, event: TokenEvent) -> None:
         """A node made tokens."""
+
+    def on_drawn(self, group: Group, attempt: int, output_index: int, token_id: int) -> None:
+        """A node made one token, with nothing to be said beside it."""
 
     def on_accepted(self, group: Group, attempt: int) -> None:
         """A decode group has reserved room."""

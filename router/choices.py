@@ -35,17 +35,20 @@ class Choice:
     def __init__(self, prepared: Prepared, index: int, tokenizer: Tokenizer) -> None:
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
-        self._prepared = prepared
+        self._request_id = prepared.request_id
         self._index = index
         self._sampling = prepared.samplings[index]
         self._detokenizer = Detokenizer(tokenizer, prepared.skip_special_tokens)
         self._stops = StopStrings(prepared.stop, self._sampling.min_tokens)
+        self._is_plain = not prepared.stop
         self._unsaid = prepared.echo_text
         self._seed: int | None = self._sampling.seed
 
     def take(self, delivery: Delivery) -> Chunk:
         """The chunk for newly delivered tokens. Nothing may be delivered after one that set finish_reason."""
         assert self.finish_reason is None
+        if self._is_plain and delivery.finish_reason is None and len(delivery.token_ids) == 1:
+            return self._plain(delivery)
         by_token = delivery.finish_reason is FinishReason.STOP
         ids = delivery.token_ids
         pieces = [self._detokenizer.push((token_id,)) for token_id in (ids[:-1] if by_token else ids)]
@@ -56,6 +59,14 @@ class Choice:
         text = emitted.text + self._stops.flush() if last else emitted.text
         return self._chunk(delivery, text, len(ids), delivery.finish_reason, self._stop_id(ids) if by_token else None)
 
+    def _plain(self, delivery: Delivery) -> Chunk:
+        """One token, and nothing that could stop at it: what nearly every chunk is."""
+        text = self._detokenizer.push_one(delivery.token_ids[0])
+        if self._seed is not None:
+            return self._chunk(delivery, text, 1, None, None)
+        self.num_tokens += 1
+        return Chunk(self._request_id, self._index, text, delivery.token_ids, delivery.logprobs)
+
     def _stop_id(self, token_ids: tuple[int, ...]) -> int | None:
         return token_ids[-1] if token_ids else None
 
@@ -65,7 +76,7 @@ class Choice:
         text, self._unsaid = self._unsaid + text, ""
         seed, self._seed = self._seed, None
         return Chunk(
-            request_id=self._prepared.request_id,
+            request_id=self._request_id,
             choice=self._index,
             text=text,
             token_ids=delivery.token_ids[:count],

@@ -15,8 +15,8 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from baton.config import BatonConfig
 from baton.deadline import Deadline, now_s
@@ -30,14 +30,15 @@ from router.answer import Answer
 from router.choices import Prepared
 from router.fleet import Fleet
 from router.flush import Flushed
+from router.group import Role
 from router.membership import NodeReport
 from router.nodes import OpenChannel
 from router.notices import Notices
 from router.prepare import Preparer
 from router.prove import Prover
-from router.registry import Role
 from router.relay import no_nodes
 from router.schema import ModelCard
+from router.sink import Sink, iterated
 from router.status import status_of
 from router.upkeep import Drained, Upkeep
 
@@ -132,10 +133,11 @@ class Dispatcher:
         standing = "" if any(self.fleet.registry.usable()) else f"; {self.fleet.registry.summary()}"
         return Unavailable(f"the cluster is shutting down{standing}", stage="router", cause="shutting_down")
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """The answer's chunks, one per token step and choice; the last of a choice has its finish_reason, the very last usage.
+    async def answer(self, request: GenerateRequest, sink: Sink) -> None:
+        """Carry one request to its end: its chunks go into the sink, one per token step and choice, as they come.
 
-        Raises BatonError before the first chunk or between two. Close the iterator (aclose) to cancel the request everywhere.
+        The last chunk of a choice has its finish_reason, the very last usage. Raises BatonError before the first chunk or after any.
+        Cancelling this cancels the request everywhere.
         """
         received = self._receive(request)
         try:
@@ -144,9 +146,7 @@ class Dispatcher:
             prepared = await self._prepare(received)
             await self._admit(received)
             self._check_open()
-            async with aclosing(self._answer(received, prepared)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            await self._carry(received, prepared, sink)
         except BatonError as error:
             received.outcome = error.cause
             raise
@@ -156,6 +156,10 @@ class Dispatcher:
         finally:
             self._leave(received)
             self._account(received)
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+        """`answer` for whoever wants to take the chunks one by one. Close the iterator (aclose) to cancel the request everywhere."""
+        return iterated(partial(self.answer, request), self._config.router.slow_client_s)
 
     def ready(self) -> bool:
         """Whether requests are taken, and at least one proven pair of nodes, or a decode group alone, can serve them."""
@@ -295,29 +299,19 @@ class Dispatcher:
             turn.set_result(None)
         self._show_load()
 
-    def _abandoned(self, received: Received) -> None:
-        received.outcome = "slow_client"
-        self._leave(received)
-
-    async def _answer(self, received: Received, prepared: Prepared) -> AsyncGenerator[Chunk, None]:
+    async def _carry(self, received: Received, prepared: Prepared, sink: Sink) -> None:
         answer = Answer(
             self.fleet,
             self.tokenizer,
             prepared,
             received.inside_id,
             received.deadline,
+            sink,
             no_node_s=received.patience_s,
-            slow_client_s=self._config.router.slow_client_s,
-            on_abandoned=lambda: self._abandoned(received),
         )
         try:
-            async with aclosing(answer.chunks()) as chunks:
-                async for chunk in chunks:
-                    if chunk.usage is not None and chunk.finish_reason is not None:  # the very last
-                        received.outcome = chunk.finish_reason
-                    yield chunk
+            received.outcome = await answer.run()
         finally:
-            await answer.close()
             received.usage, received.served_by = answer.usage(), answer.served_by
             if answer.first_token_s is not None:
                 received.first_token_s = answer.first_token_s - received.received_s

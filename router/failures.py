@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.errors import BatonError, InternalError, InvalidRequest, LeaseLost, NodeLost, NotFound, ResourceExhausted, Unavailable
-from router.registry import Group
+from router.group import Group
 
 MAX_BUGS = 3  # a request that some bug meets on every node must not go round until its deadline
 MAX_LOSSES = 6  # nor one that ends every node it meets until none is left: so many in a row, without a token from decode, are enough

@@ -18,12 +18,13 @@ from baton.rpc import open_channel
 from baton.telemetry import GroupFigures, PullFigures, RouterMetrics, fields
 from router.carrier import Carrier
 from router.flush import Flushed, Flushes
+from router.group import Group, Pair, Role
 from router.heard import GroupLoad, Heard, Hello, PullReport
 from router.membership import GroupEvent, GroupState, judge, own_pause
 from router.nodes import NodeLink, OpenChannel
 from router.notices import Notice, Notices
 from router.policy import GroupView, choose
-from router.registry import Group, Pair, Registry, Role
+from router.registry import Registry
 
 log = logging.getLogger(__name__)
 
@@ -199,8 +200,7 @@ class Fleet:
         else:
             self._loaded(group, heard.load or group.load, link)
         self._accepted(group, heard.accepted)
-        for event in heard.tokens:
-            self._made(group, event)
+        self._made(group, heard)
         for failed in heard.failed:
             if carrier := self._carriers.get(failed.request_id):
                 carrier.on_failed(group, failed.attempt, failed.error)
@@ -279,11 +279,29 @@ class Fleet:
         if before != (group.state, group.idle):
             self.notify()
 
-    def _made(self, group: Group, event: TokenEvent) -> None:
-        if carrier := self._carriers.get(event.request_id):
-            carrier.on_tokens(group, event)
-        elif event.finish_reason is None:  # a Cancel is under way, or was lost with a stream: say it again
-            self.cancel(group, event.request_id, event.attempt, "nobody waits for it")
+    def _made(self, group: Group, heard: Heard) -> None:
+        """Ends come last: where a message tells of several steps, every token has its turn."""
+        ends: list[TokenEvent] = []
+        for event in heard.tokens:
+            carrier = self._carriers.get(event.request_id)
+            if event.finish_reason is not None:
+                ends.append(event)
+            elif carrier is not None:
+                carrier.on_tokens(group, event)
+            else:
+                self._unwanted(group, event.request_id, event.attempt)
+        for request_id, attempt, output_index, token_id in heard.drawn.rows():
+            if carrier := self._carriers.get(request_id):
+                carrier.on_drawn(group, attempt, output_index, token_id)
+            else:
+                self._unwanted(group, request_id, attempt)
+        for event in ends:
+            if carrier := self._carriers.get(event.request_id):
+                carrier.on_tokens(group, event)
+
+    def _unwanted(self, group: Group, request_id: str, attempt: int) -> None:
+        """A Cancel is under way, or was lost with a stream: say it again."""
+        self.cancel(group, request_id, attempt, "nobody waits for it")
 
     def _accepted(self, group: Group, accepted: Iterable[tuple[str, int]]) -> None:
         for request_id, attempt in accepted:

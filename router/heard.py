@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.errors import BatonError
-from baton.request import BlockCounts, TokenEvent
+from baton.request import BlockCounts, Drawn, TokenEvent
 
 NO_BLOCKS = BlockCounts(total=0, free=0, cached=0, held=0, quarantined=0)
 
@@ -123,6 +123,7 @@ class Heard:
     hello: Hello | None = None
     load: GroupLoad | None = None
     tokens: tuple[TokenEvent, ...] = ()
+    drawn: Drawn = field(default_factory=Drawn)
     accepted: tuple[tuple[str, int], ...] = ()  # (request id, attempt)
     failed: tuple[SequenceFailed, ...] = ()
     pulls: tuple[PullReport, ...] = ()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from baton.errors import InternalError
 from baton.lifecycle import Lifecycle
@@ -48,8 +49,7 @@ class Loss(enum.Enum):
     WHOLE = "whole"  # both stages start again
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """Tokens output_index, output_index + 1, … of a sequence, each index delivered exactly once and in order."""
 
     output_index: int
@@ -194,6 +194,16 @@ class SequenceLife:
             self.cached_tokens = min(event.cached_tokens, len(self.prompt_ids))
         self._store(event)
         return self._deliver()
+
+    def draw(self, attempt: int, output_index: int, token_id: int) -> Delivery | None:
+        """`receive` of an event that holds one token and nothing else."""
+        decode = self._sent.decode
+        in_turn = output_index == len(self._emitted) < self.sampling.max_tokens - 1 and not self._early and self._finish is None
+        if not in_turn or self.phase is not Phase.STREAMING or decode is None or decode.attempt != attempt:
+            return self.receive(TokenEvent(self.request_id, attempt, output_index, (token_id,)))
+        self._decode_heard = True
+        self._emitted.append(token_id)
+        return Delivery(output_index, (token_id,))
 
     def _request(self) -> SequenceRequest:
         self.attempt += 1

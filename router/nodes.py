@@ -22,8 +22,8 @@ from baton.request import SequenceRequest
 from baton.rpc import open_channel, to_error
 from baton.v1 import node_pb2, node_pb2_grpc
 from baton.wire import sequence_to_message
+from router.group import Role
 from router.heard import Heard
-from router.registry import Role
 from router.said import heard_from_message
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from baton.deadline import now_s
 from router.failures import Failure
 from router.fleet import Fleet
-from router.registry import Group, Pair
+from router.group import Group, Pair
 
 
 @dataclass(slots=True, eq=False)

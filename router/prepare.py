@@ -16,6 +16,7 @@ from router.admission import Limits, check_prompt, check_request, resolve, seque
 from router.choices import Prepared
 
 _NUM_TOKENIZER_THREADS = 2
+_SHORT_CHARS = 512  # tokenised in the time that handing it to a thread and back would take
 
 
 class Preparer:
@@ -44,6 +45,9 @@ class Preparer:
 
     async def tokenised(self, request: GenerateRequest, deadline: Deadline) -> tuple[tuple[int, ...], str]:
         """The prompt's ids, and its text if it is to be repeated, "" otherwise. Raises InvalidRequest, DeadlineExceeded."""
+        prompt = request.prompt
+        if not request.echo and (prompt.token_ids is not None or (prompt.text is not None and len(prompt.text) <= _SHORT_CHARS)):
+            return self._tokenise(request)
         try:
             async with asyncio.timeout(deadline.left_s()):
                 return await asyncio.get_running_loop().run_in_executor(self._threads, self._tokenise, request)
@@ -83,7 +87,7 @@ class Preparer:
         )
 
     def _tokenise(self, request: GenerateRequest) -> tuple[tuple[int, ...], str]:
-        """Runs in a thread; the tokenizer is safe to share."""
+        """Runs in a thread unless it is quick; the tokenizer is safe to share."""
         prompt = request.prompt
         if prompt.messages is not None:
             ids = self._tokenizer.render_chat(prompt.messages, prompt.add_generation_prompt, prompt.template_values)

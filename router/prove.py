@@ -15,8 +15,8 @@ from baton.errors import BatonError, InternalError
 from baton.request import Sampling
 from baton.telemetry import fields
 from router.fleet import Fleet
+from router.group import Pair
 from router.life import SequenceLife
-from router.registry import Pair
 from router.relay import Relay
 
 log = logging.getLogger(__name__)

@@ -29,9 +29,9 @@ from router.failures import (
     worth_another,
 )
 from router.fleet import Fleet
+from router.group import Group, Pair, Role
 from router.life import Delivery, Dispatch, Loss, SequenceLife
 from router.passage import Passage, Told
-from router.registry import Group, Pair, Role
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class Relay:
         self._told = Told(fleet, life.request_id)
         self._avoid: set[Group] = set()
         self._full: set[Group] = set()
+        self._serving: Group | None = None  # whose tokens came last, since the last dispatch or failure
         self._num_failures = 0
         self._num_bugs = self._num_losses = 0
         self._limit: asyncio.Timeout | None = None
@@ -117,9 +118,22 @@ class Relay:
         except InternalError as error:
             self._settle(Failure(group, error))
             return
+        self._pass_on(group, delivery)
+
+    def on_drawn(self, group: Group, attempt: int, output_index: int, token_id: int) -> None:
+        """Deliver a token if it is new."""
+        try:
+            delivery = self.life.draw(attempt, output_index, token_id)
+        except InternalError as error:
+            self._settle(Failure(group, error))
+            return
+        self._pass_on(group, delivery)
+
+    def _pass_on(self, group: Group, delivery: Delivery | None) -> None:
         if delivery is None:
             return
-        self._served(group)
+        if group is not self._serving:
+            self._served(group)
         self._deliver(delivery)
         if self.life.over:
             self._finished_by(group)
@@ -210,6 +224,7 @@ class Relay:
     # One dispatch after the other.
 
     async def _attempt(self) -> None:
+        self._serving = None
         pair = await self._find_pair()
         if self.life.over:  # stopped while it waited for nodes
             return
@@ -325,6 +340,7 @@ class Relay:
 
     def _served(self, group: Group) -> None:
         """Remember who served. Once decode makes progress, whoever was full may not be; prefill's one token says nothing about that."""
+        self._serving = group
         if group.role is Role.DECODE:
             self._num_failures = self._num_bugs = self._num_losses = 0
             self._full.clear()
@@ -337,6 +353,7 @@ class Relay:
             self._passage.settle(failure)
 
     def _end(self, reason: str) -> None:
+        self._limit = None
         self._fleet.leave(self.life.request_id)
         if not self.life.over:
             self.life.fail()
@@ -344,6 +361,7 @@ class Relay:
 
     def _note_retry(self, failure: Failure) -> None:
         error = failure.error
+        self._serving = None
         self._num_bugs += is_bug(error)
         self._num_losses += is_loss(error)
         if not self._only:

@@ -21,7 +21,7 @@ from baton.errors import (
     Unavailable,
 )
 from baton.v1 import node_pb2
-from baton.wire import counts_from_message, error_from_message, token_event_from_message
+from baton.wire import counts_from_message, drawn_from_message, error_from_message, token_event_from_message
 from router.heard import GroupLoad, Heard, Hello, Layout, PullReport, Rank, SequenceFailed
 
 MAX_NAME_CHARS = 256
@@ -43,6 +43,7 @@ def heard_from_message(event: node_pb2.NodeEvent) -> Heard:
         hello=hello_from_message(hello) if hello else None,
         load=load_from_message(load) if load else None,
         tokens=tuple(token_event_from_message(token) for token in event.tokens),
+        drawn=drawn_from_message(event.drawn),
         accepted=tuple((item.request_id, item.attempt) for item in event.accepted),
         failed=tuple(_failed(item) for item in event.errors),
         pulls=_pulls(event.pulls),

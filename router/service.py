@@ -23,9 +23,9 @@ from baton.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grp
 from baton.wire import chunk_to_message, counts_to_message, generate_request_from_message, time_left_from_message
 from router.choices import whole
 from router.dispatch import Dispatcher
+from router.group import Group, Pair
 from router.heard import GroupLoad
 from router.membership import NodeReport
-from router.registry import Group, Pair
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from router.registry import Group, Pair, Registry
+from router.group import Group, Pair
+from router.registry import Registry
 
 
 def status_of(registry: Registry) -> dict[str, object]:

@@ -9,9 +9,9 @@ from typing import Literal
 from baton.deadline import Deadline, now_s
 from baton.errors import NotFound
 from router.fleet import Fleet
+from router.group import Group
 from router.membership import NodeReport
 from router.notices import Notice
-from router.registry import Group
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,27 +11,30 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from baton.errors import BatonError, InternalError, InvalidRequest, NotFound, TooLarge, Unauthenticated
-from baton.request import Chunk, GenerateRequest, Prompt
+from baton.request import GenerateRequest, Prompt
 from baton.telemetry import CONTENT_TYPE, Refusals
 from baton.tokenizer import Tokenizer
 from router.flush import Flushed
 from router.schema import ChatBody, CompletionBody, Limits, ModelCard, T, parse
 from router.schema_native import NativeBody
+from router.sink import Sink
 from router.web_answers import AnswerFormat, Frame, Json, error_json, error_response, to_json, whole_json
 from router.web_middleware import Exchanges, exchange_of
 from router.web_native import NativeAnswer
 from router.web_openai import ChatAnswer, CompletionAnswer, needs_prompt_ids
 from router.web_server import WebServer, serve
-from router.web_stream import EventStream, Numbered, alone, event_bytes, gathered, merged, unless_disconnected
+from router.web_stream import EventStream, gathered, unless_disconnected
 
 __all__ = ["Generates", "HttpFront", "WebServer", "create_app", "serve"]
 
@@ -44,6 +47,9 @@ _PARSED_AT_ONCE = 32 * 2**10  # bytes
 _ALWAYS = ("/health", "/metrics")
 
 
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
 class Generates(Protocol):
     """What the front needs of a router. An error of baton/errors.py may come before the first chunk or in place of any."""
 
@@ -54,8 +60,8 @@ class Generates(Protocol):
     def check(self, request: GenerateRequest) -> None:
         """Refuse at once, before anything is tokenised, what `generate` would refuse. Raises InvalidRequest or NotFound."""
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
-        """The answer: each choice's last chunk has finish_reason, the last of all has usage. aclose cancels the request everywhere."""
+    async def answer(self, request: GenerateRequest, sink: Sink) -> None:
+        """Answer into the sink: each choice's last chunk has finish_reason, the last of all has usage. Cancelling cancels the request."""
 
     async def flush_cache(self, node: str = "") -> Flushed:
         """Forget cached prefixes that no sequence uses, on a node or ("") on all. Raises NotFound, NodeLost, DeadlineExceeded."""
@@ -92,8 +98,17 @@ class HttpFront:
         self._slow_client_s = slow_client_s
         self._refusals = refusals
 
-    async def authenticate(self, request: Request) -> None:
-        """Refuse a request without one of the keys, if there are any. Compares all of them, each in constant time."""
+    def guarded(self, endpoint: Endpoint) -> Endpoint:
+        """The endpoint, for those who have one of the keys, if there are any."""
+
+        async def checked(request: Request) -> Response:
+            self._authenticate(request)
+            return await endpoint(request)
+
+        return checked
+
+    def _authenticate(self, request: Request) -> None:
+        """Compares all keys, each in constant time."""
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         matches = [hmac.compare_digest(given.strip().encode(), key) for key in self._api_keys]
         if self._api_keys and not (scheme.lower() == "bearer" and any(matches)):
@@ -120,7 +135,7 @@ class HttpFront:
         frame = await self._frame(body.rid or exchange_of(request.scope).request_id, "", requests, body.stream)
         return await self._respond(request, requests, NativeAnswer(frame, body), body.stream)
 
-    async def models(self) -> Response:
+    async def models(self, _: Request) -> Response:
         """GET /v1/models."""
         return json_response({"object": "list", "data": [self._card()]})
 
@@ -146,20 +161,15 @@ class HttpFront:
             content = {"status": "ready"} | content | status
         return json_response(content, 200 if ready else 503)
 
-    async def metrics(self) -> Response:
+    async def metrics(self, _: Request) -> Response:
         """GET /metrics."""
         return Response(self._router.metrics(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _respond(self, request: Request, requests: Sequence[GenerateRequest], answer: AnswerFormat, stream: bool) -> Response:
-        chunks = self._chunks(requests)
         if stream:
-            return EventStream(event_bytes(chunks, answer), self._slow_client_s)
-        await unless_disconnected(request.receive, gathered(chunks, answer))
+            return EventStream(self._router.answer, requests, answer, self._slow_client_s)
+        await unless_disconnected(request.receive, gathered(self._router.answer, requests, answer))
         return Response(await asyncio.to_thread(whole_json, answer), media_type="application/json")
-
-    def _chunks(self, requests: Sequence[GenerateRequest]) -> AsyncGenerator[Numbered, None]:
-        sources = [self._router.generate(request) for request in requests]
-        return alone(sources[0]) if len(sources) == 1 else merged(sources)
 
     async def _parsed(self, kind: type[T], request: Request) -> T:
         """The body as what it should be. A large one may take seconds, in which the loop, and what beats on it, must not stand still."""
@@ -238,7 +248,7 @@ def create_app(
     slow_client_s: float = 60.0,
     max_exchanges: int = MAX_EXCHANGES,
     refusals: Refusals | None = None,
-) -> FastAPI:
+) -> Starlette:
     """The ASGI application. With api_keys, every route but /health and /metrics asks for one.
 
     slow_client_s: how long a client may take to send its body, or leave its stream unread, before it is given up.
@@ -246,23 +256,26 @@ def create_app(
     """
     refusals = refusals or Refusals("http", log)
     front = HttpFront(router, model_name, api_keys, max_body_bytes, slow_client_s, refusals)
-    app = FastAPI(openapi_url=None)
-    guarded = APIRouter(dependencies=[Depends(front.authenticate)])
-    guarded.add_api_route("/v1/completions", front.completions, methods=["POST"])
-    guarded.add_api_route("/v1/chat/completions", front.chat, methods=["POST"])
-    guarded.add_api_route("/generate", front.native, methods=["POST"])
-    guarded.add_api_route("/flush_cache", front.flush_cache, methods=["POST"])
-    guarded.add_api_route("/v1/models", front.models, methods=["GET"])
-    guarded.add_api_route("/v1/models/{name:path}", front.model, methods=["GET"])
-    app.include_router(guarded)
-    app.add_api_route("/health", front.health, methods=["GET"])
-    app.add_api_route("/metrics", front.metrics, methods=["GET"])
-    app.add_exception_handler(BatonError, front.on_error)
-    app.add_exception_handler(HTTPException, front.on_http_error)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(Exception, _on_bug)
-    app.add_middleware(Exchanges, refusals=refusals, most=max_exchanges, always=frozenset(_ALWAYS))
-    return app
+    guarded = front.guarded
+    return Starlette(
+        routes=[
+            Route("/v1/completions", guarded(front.completions), methods=["POST"]),
+            Route("/v1/chat/completions", guarded(front.chat), methods=["POST"]),
+            Route("/generate", guarded(front.native), methods=["POST"]),
+            Route("/flush_cache", guarded(front.flush_cache), methods=["POST"]),
+            Route("/v1/models", guarded(front.models), methods=["GET"]),
+            Route("/v1/models/{name:path}", guarded(front.model), methods=["GET"]),
+            Route("/health", front.health, methods=["GET"]),
+            Route("/metrics", front.metrics, methods=["GET"]),
+        ],
+        exception_handlers={
+            BatonError: front.on_error,
+            HTTPException: front.on_http_error,
+            ClientDisconnect: _on_disconnect,
+            Exception: _on_bug,
+        },
+        middleware=[Middleware(Exchanges, refusals=refusals, most=max_exchanges, always=frozenset(_ALWAYS))],
+    )
 
 
 def json_response(content: Json, status: int = 200) -> Response:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from json.encoder import encode_basestring
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -22,6 +23,7 @@ Json = dict[str, Any]
 LEAST_LOGPROB = -9999.0
 _PARTS_DEPTH = 5  # answer, choices, choice, logprobs, their list: what is left for a part is one token's
 DONE = b"data: [DONE]\n\n"
+_MARK = "\0"
 
 
 class AnswerFormat(Protocol):
@@ -33,8 +35,8 @@ class AnswerFormat(Protocol):
     def whole(self) -> Json | list[Json]:
         """The body, after the last chunk."""
 
-    def events(self, prompt: int, chunk: Chunk) -> Iterator[Json]:
-        """Take a chunk of a stream, and say what to send for it: at least one event."""
+    def events(self, prompt: int, chunk: Chunk) -> bytes:
+        """Take a chunk of a stream, and say what to send for it: at least one server-sent event, also if it has no text."""
 
     def closing(self) -> Iterator[Json]:
         """What to send after the last chunk."""
@@ -55,17 +57,24 @@ class Frame:
 class Collected:
     """One choice so far. Owner: the answer it is part of."""
 
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stopped_by: int | str | None = None
 
+    @property
+    def text(self) -> str:
+        """All of it."""
+        if len(self.texts) > 1:
+            self.texts = ["".join(self.texts)]
+        return self.texts[0] if self.texts else ""
+
     def add(self, chunk: Chunk) -> None:
         """Go on with a delta, or start again with a chunk that is the whole answer."""
         if not chunk.is_delta:
-            self.text, self.token_ids, self.logprobs = "", [], []
-        self.text += chunk.text
+            self.texts, self.token_ids, self.logprobs = [], [], []
+        self.texts.append(chunk.text)
         self.token_ids += chunk.token_ids
         self.logprobs += chunk.logprobs
         if chunk.finish_reason is not None:
@@ -73,18 +82,28 @@ class Collected:
 
 
 class Collection:
-    """All choices of all prompts of one HTTP request. Owner: the task that answers it."""
+    """All choices of all prompts of one HTTP request. Owner: the task that answers it.
+
+    num_tokens: by choice. choices: what was added, empty if it was only counted.
+    """
 
     def __init__(self, num_prompts: int, n: int, prompt_ids: Sequence[tuple[int, ...]]) -> None:
         self.choices = [Collected() for _ in range(num_prompts * n)]
+        self.num_tokens = [0] * (num_prompts * n)
         self._n = n
         self._usages: dict[int, Usage] = {}
         self._prompt_tokens = sum(len(ids) for ids in prompt_ids)
 
     def add(self, prompt: int, chunk: Chunk) -> int:
         """Add a chunk; the index of its choice among all."""
-        index = prompt * self._n + chunk.choice
+        index = self.count(prompt, chunk)
         self.choices[index].add(chunk)
+        return index
+
+    def count(self, prompt: int, chunk: Chunk) -> int:
+        """Count a chunk that is sent on at once, and not kept; the index of its choice among all."""
+        index = prompt * self._n + chunk.choice
+        self.num_tokens[index] += len(chunk.token_ids)
         if chunk.usage is not None:
             self._usages[prompt] = chunk.usage
         return index
@@ -95,7 +114,22 @@ class Collection:
 
     def usage_so_far(self) -> Usage:
         """Counted from the tokens that came; prompt tokens only if the prompts' ids are known."""
-        return Usage(self._prompt_tokens, sum(len(choice.token_ids) for choice in self.choices))
+        return Usage(self._prompt_tokens, sum(self.num_tokens))
+
+
+class TextEvents:
+    """Server-sent events that are alike but for one text: what is alike is made once.
+
+    event_of: the event's content for a text; what follows the text in it must not depend on anything.
+    """
+
+    def __init__(self, event_of: Callable[[str], Json]) -> None:
+        self._before, mark, self._after = event(event_of(_MARK)).rpartition(_encoded(_MARK))
+        assert mark, "the text is in the event as it is"
+
+    def event(self, text: str) -> bytes:
+        """The event with this text."""
+        return self._before + _encoded(text) + self._after
 
 
 def usage_json(usage: Usage) -> Json:
@@ -106,6 +140,10 @@ def usage_json(usage: Usage) -> Json:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+
+
+def _encoded(text: str) -> bytes:
+    return encode_basestring(text).encode("utf-8")
 
 
 def finite(logprob: float) -> float:

@@ -3,6 +3,9 @@
 Knows uvicorn's protocol for h11, bytes and timers; knows no routes. An *idle* connection is one without an exchange under way: it has
 said nothing yet, or is between two requests. It costs a descriptor, so the idlest make room when there are too many; those with an
 exchange never do.
+
+A stream's events take a short way: whoever answers finds the connection in its ASGI scope and writes to it without a coroutine per
+event. The head and the end of such a response go through ASGI like any other.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import h11
+from starlette.types import Scope
 from uvicorn import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -20,7 +25,9 @@ from uvicorn.server import ServerState
 from baton.errors import InvalidRequest
 from baton.telemetry import Refusals
 from router.web_answers import error_json, to_json
+from router.web_turns import Turns, TurnTransport
 
+_KEY = "baton_connection"
 _MALFORMED = to_json(error_json(InvalidRequest("this is not HTTP/1.1 as it should be", cause="malformed_http")))
 
 
@@ -37,6 +44,7 @@ class Connections:
         self.log.setLevel(logging.ERROR)  # a warning for everyone who speaks no HTTP would be theirs to write; see refusals
         self.head_s = head_s
         self.idle_s = idle_s
+        self.turns = Turns()
         self._most = most
         self._idle: dict[Connection, None] = {}  # longest idle first
 
@@ -77,8 +85,9 @@ class Connection(H11Protocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        super().__init__(config, server_state, app_state | {_KEY: self}, _loop)
         self.logger = connections.log
+        self._on_lost: Callable[[], object] | None = None
         self._all = connections
         self._in_exchange = False
         self._wait: _Wait | None = None
@@ -86,7 +95,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
-        super().connection_made(transport)
+        super().connection_made(TurnTransport(transport, self._all.turns))
         self._all.joined(self, len(self.connections))
         self._look()
 
@@ -95,6 +104,8 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
         self._await(None)
         self._all.busy(self)  # lists it no more
+        if self._on_lost is not None:
+            self._on_lost()
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come."""
@@ -106,12 +117,45 @@ class Connection(H11Protocol):
         super().on_response_complete()
         self._look()
 
+    def watch(self, on_lost: Callable[[], object]) -> None:
+        """Have `on_lost` called once it is over, whoever ends it, until `unwatch`."""
+        self._on_lost = on_lost
+        self.flow.resume_reading()  # of a large body the last part may have stopped it, and then nobody would notice
+        if self.leaving:
+            on_lost()
+
+    def unwatch(self) -> None:
+        """The exchange is over."""
+        self._on_lost = None
+
+    async def room(self) -> None:
+        """Return once its client has read on, or it is over."""
+        await self.flow.drain()
+
+    def write_body(self, data: bytes) -> bool:
+        """A part of the body of the response whose head has been sent, which says no length; to be ended through ASGI.
+
+        False: its client has left so much unread that it should get no more for now.
+        """
+        if self.scope["http_version"] == "1.1":
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        self.transport.write(data)
+        return not self.flow.write_paused
+
+    def flush(self) -> None:
+        """Let what was written leave now."""
+        assert isinstance(self.transport, TurnTransport)
+        self.transport.flush()
+
+    def give_up(self) -> None:
+        """End it now, and with it the response under way: its client does not read."""
+        self._disown()
+        self.transport.abort()
+
     def send_400_response(self, msg: str) -> None:
         """What came is not HTTP. Said in JSON if nothing else has been said yet; an exchange under way ends as if its client had left."""
         self._all.refusals.add("malformed_http", self.client)
-        if (cycle := self._cycle) is not None:
-            cycle.disconnected = True
-            cycle.message_event.set()
+        self._disown()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             headers = [
                 (b"content-type", b"application/json"),
@@ -134,6 +178,12 @@ class Connection(H11Protocol):
     @property
     def _cycle(self) -> RequestResponseCycle | None:
         return self.cycle  # uvicorn's types do not say that there is none at first
+
+    def _disown(self) -> None:
+        """The exchange under way ends as if its client had left."""
+        if (cycle := self._cycle) is not None:
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def _should_upgrade(self) -> bool:
         """There is nothing to upgrade to, and uvicorn would log two lines for everyone who asks."""
@@ -169,3 +219,10 @@ class Connection(H11Protocol):
         if self._wait is _Wait.REST:
             self._all.refusals.add("slow_head", self.client)
         self.transport.close()
+
+
+def connection_of(scope: Scope) -> Connection:
+    """The connection that a request has come on."""
+    connection = scope["state"][_KEY]
+    assert isinstance(connection, Connection)
+    return connection

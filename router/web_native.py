@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from baton.deadline import now_s
 from baton.request import Chunk, FinishReason, Usage
 from router.schema_native import NativeBody
-from router.web_answers import Collected, Frame, Json, finite
+from router.web_answers import Collected, Frame, Json, event, finite
 
 
 class NativeAnswer:
@@ -31,11 +31,11 @@ class NativeAnswer:
         answers = [self._answer(prompt, choice) for prompt, choices in enumerate(self._choices) for choice in choices]
         return answers if self._is_list else answers[0]
 
-    def events(self, prompt: int, chunk: Chunk) -> Iterator[Json]:
+    def events(self, prompt: int, chunk: Chunk) -> bytes:
         """One event per chunk, with everything of its choice so far."""
         self.take(prompt, chunk)
         index = sum(len(choices) for choices in self._choices[:prompt]) + chunk.choice
-        yield self._answer(prompt, self._choices[prompt][chunk.choice]) | ({"index": index} if self._is_list else {})
+        return event(self._answer(prompt, self._choices[prompt][chunk.choice]) | ({"index": index} if self._is_list else {}))
 
     def closing(self) -> Iterator[Json]:
         """Nothing: each choice's last event says it all."""

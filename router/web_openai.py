@@ -8,7 +8,7 @@ from itertools import accumulate
 from baton.request import Chunk, TokenLogprob
 from baton.tokenizer import Tokenizer
 from router.schema import ChatBody, CompletionBody, OpenAIBody, StreamOptions
-from router.web_answers import Collected, Collection, Frame, Json, finite, usage_json
+from router.web_answers import Collected, Collection, Frame, Json, TextEvents, event, finite, usage_json
 
 
 class CompletionAnswer:
@@ -19,6 +19,8 @@ class CompletionAnswer:
         self._body = body
         self._collection = Collection(len(body.prompt.items), body.n, frame.prompt_ids)
         self._offsets = [0] * len(self._collection.choices)
+        self._only_text = not (body.return_token_ids or body.stream_options.continuous_usage_stats or body.logprobs is not None)
+        self._of_text: dict[int, TextEvents] = {}
 
     def take(self, prompt: int, chunk: Chunk) -> None:
         """Remember a chunk."""
@@ -29,16 +31,23 @@ class CompletionAnswer:
         choices = [self._choice(i, collected) for i, collected in enumerate(self._collection.choices)]
         return self._wrap(choices) | {"usage": usage_json(self._collection.usage())}
 
-    def events(self, prompt: int, chunk: Chunk) -> Iterator[Json]:
+    def events(self, prompt: int, chunk: Chunk) -> bytes:
         """One event per chunk."""
-        index = self._collection.add(prompt, chunk)
-        first = len(self._collection.choices[index].token_ids) == len(chunk.token_ids)
-        yield self._wrap([self._choice(index, chunk, first)]) | _usage_beside(self._body.stream_options, self._collection)
+        index = self._collection.count(prompt, chunk)
+        if not self._only_text or chunk.finish_reason is not None:
+            return event(self._event(index, chunk))
+        if index not in self._of_text:
+            self._of_text[index] = TextEvents(lambda text: self._event(index, Chunk("", index, text)))
+        return self._of_text[index].event(chunk.text)
 
     def closing(self) -> Iterator[Json]:
         """The usage event, if it was asked for."""
         if self._body.stream_options.include_usage:
             yield self._wrap([]) | {"usage": usage_json(self._collection.usage())}
+
+    def _event(self, index: int, chunk: Chunk) -> Json:
+        first = self._collection.num_tokens[index] == len(chunk.token_ids)
+        return self._wrap([self._choice(index, chunk, first)]) | _usage_beside(self._body.stream_options, self._collection)
 
     def _wrap(self, choices: list[Json]) -> Json:
         frame = self._frame
@@ -73,7 +82,8 @@ class ChatAnswer:
         self._frame = frame
         self._body = body
         self._collection = Collection(1, body.n, frame.prompt_ids)
-        self._greeted: set[int] = set()
+        self._only_text = not (body.return_token_ids or body.stream_options.continuous_usage_stats or body.logprobs)
+        self._of_text: dict[int, TextEvents] = {}
 
     def take(self, prompt: int, chunk: Chunk) -> None:
         """Remember a chunk."""
@@ -84,14 +94,21 @@ class ChatAnswer:
         choices = [self._full(i, collected) for i, collected in enumerate(self._collection.choices)]
         return self._wrap("chat.completion", choices) | self._prompt_ids() | {"usage": usage_json(self._collection.usage())}
 
-    def events(self, prompt: int, chunk: Chunk) -> Iterator[Json]:
+    def events(self, prompt: int, chunk: Chunk) -> bytes:
         """One event per chunk; before a choice's first one, who speaks."""
-        index = self._collection.add(prompt, chunk)
-        if index not in self._greeted:
-            hello = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-            yield self._event([hello]) | ({} if self._greeted else self._prompt_ids())
-            self._greeted.add(index)
-        yield self._event([self._ending(index, chunk) | {"delta": {"content": chunk.text}}])
+        index = self._collection.count(prompt, chunk)
+        known = self._of_text.get(index)
+        if known is not None and self._only_text and chunk.finish_reason is None:
+            return known.event(chunk.text)
+        said = event(self._event([self._ending(index, chunk) | {"delta": {"content": chunk.text}}]))
+        return said if known is not None else self._greeting(index) + said
+
+    def _greeting(self, index: int) -> bytes:
+        hello = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        said = event(self._event([hello]) | ({} if self._of_text else self._prompt_ids()))
+        ending = self._ending(index, Chunk("", index))
+        self._of_text[index] = TextEvents(lambda text: self._event([ending | {"delta": {"content": text}}]))
+        return said
 
     def closing(self) -> Iterator[Json]:
         """The usage event, if it was asked for."""

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, cast
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from baton.errors import ConfigError
 from baton.rpc import descriptors
@@ -67,7 +67,7 @@ class WebServer(uvicorn.Server):
 
 
 async def serve(
-    app: FastAPI,
+    app: ASGIApp,
     host: str,
     port: int,
     grace_s: int = GRACE_S,
@@ -92,6 +92,7 @@ async def serve(
         lifespan="off",
         ws="none",
         server_header=False,
+        proxy_headers=False,  # nobody here asks where a client is
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=grace_s,
         backlog=BACKLOG,
@@ -104,8 +105,9 @@ async def serve(
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        # Named, for asyncio switches Nagle's algorithm off only for sockets that say they are TCP: else events wait 40 ms for each other.
+        listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigError(f"cannot listen for HTTP on {host}: {error.strerror}") from error
     try:

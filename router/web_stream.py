@@ -1,29 +1,30 @@
-"""Carrying an answer to an HTTP client that may go away or stop reading. Knows ASGI; knows no format and no router.
+"""Carrying an answer to an HTTP client that may go away or stop reading. Knows ASGI and connections; knows no format and no router.
 
 A stream ends in one of four ways: after its last event; with an error event when the router gives up; by the client's
-disconnect; or because the client did not read for `slow_client_s`. In all of them the source is closed, which cancels the request.
+disconnect; or because the client did not read for `slow_client_s`. In all of them what makes the answer has ended, or is cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from baton.errors import BatonError, InternalError
-from baton.request import Chunk
+from baton.errors import BatonError, Cancelled, InternalError
+from baton.request import Chunk, GenerateRequest
+from router.sink import Sink, side_by_side, unread
 from router.web_answers import DONE, AnswerFormat, error_json, event
+from router.web_connection import Connection, connection_of
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Numbered = tuple[int, Chunk]
+AnswerOne = Callable[[GenerateRequest, Sink], Coroutine[Any, Any, None]]
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -43,95 +44,132 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         await _end(watch)
 
 
-async def merged(sources: Sequence[AsyncGenerator[Chunk, None]]) -> AsyncGenerator[Numbered, None]:
-    """Chunks of all sources as they come, each with its source's number. Closes them all when it ends, or when one fails."""
-    pending = {asyncio.create_task(_next(source)): number for number, source in enumerate(sources)}
-    try:
-        while pending:
-            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                chunk = task.result()
-                number = pending.pop(task)
-                if chunk is not None:
-                    pending[asyncio.create_task(_next(sources[number]))] = number
-                    yield number, chunk
-    finally:
-        for task in pending:
-            await _end(task)
-        for source in sources:
-            await source.aclose()
+async def gathered(answer_one: AnswerOne, requests: Sequence[GenerateRequest], answer: AnswerFormat) -> None:
+    """Have all requests answered, and give all chunks to an answer that is sent as a whole."""
+    await side_by_side([answer_one(request, _Whole(prompt, answer)) for prompt, request in enumerate(requests)])
 
 
-async def alone(source: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Numbered, None]:
-    """One source in the form of `merged`, without a task for every chunk."""
-    async with aclosing(source):
-        async for chunk in source:
-            yield 0, chunk
+class _Whole:
+    """A sink that keeps all: the client reads nothing before the end."""
 
+    def __init__(self, prompt: int, answer: AnswerFormat) -> None:
+        self._prompt = prompt
+        self._answer = answer
 
-async def gathered(chunks: AsyncGenerator[Numbered, None], answer: AnswerFormat) -> None:
-    """Give all chunks to an answer that is sent as a whole."""
-    async with aclosing(chunks):
-        async for number, chunk in chunks:
-            answer.take(number, chunk)
+    def put(self, chunk: Chunk) -> bool:
+        self._answer.take(self._prompt, chunk)
+        return True
 
-
-async def event_bytes(chunks: AsyncGenerator[Numbered, None], answer: AnswerFormat) -> AsyncGenerator[bytes, None]:
-    """The server-sent events of a stream. An error before the first one is raised, so that it gets an HTTP status of its own."""
-    started = False
-    try:
-        async with aclosing(chunks):
-            async for number, chunk in chunks:
-                # One write per chunk: what a chunk gives rise to leaves in one packet.
-                yield b"".join(event(content) for content in answer.events(number, chunk))
-                started = True
-        yield b"".join(event(content) for content in answer.closing()) + DONE
-    except BatonError as error:
-        if not started:
-            raise
-        yield event(error_json(error)) + DONE
-    except Exception:  # an edge: the status line is gone, so the client learns of a bug here or never
-        if not started:
-            raise
-        log.exception("a stream ended in a bug")
-        yield event(error_json(InternalError("a bug in the router ended this stream; its log has the details"))) + DONE
+    async def room(self) -> None:
+        return
 
 
 class EventStream(Response):
-    """Sends events as they come; the status line waits for the first one. Owns `events` and closes it."""
+    """Sends the events of one HTTP request as they come; the status line waits for the first one, so that an error before it has a
+    status of its own. Owns what makes the answers, and cancels it if the client goes away.
+
+    An event takes no task and no coroutine from the node's message to the socket: chunks are written where they are made.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], slow_client_s: float) -> None:
+    def __init__(self, answer_one: AnswerOne, requests: Sequence[GenerateRequest], answer: AnswerFormat, slow_client_s: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._events = events
-        self._slow_client_s = slow_client_s
         del self.headers["content-length"]
+        self._answer_one = answer_one
+        self._requests = requests
+        self._answer = answer
+        self._slow_client_s = slow_client_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything, unless the client goes away."""
-        with suppress(ClientDisconnect):
-            await unless_disconnected(receive, self._send_all(send))
+        connection = connection_of(scope)
+        events = _Events(connection, self._answer, self._slow_client_s)
+        sinks = [_Part(events, prompt) for prompt in range(len(self._requests))]
+        work = asyncio.create_task(side_by_side(list(map(self._answer_one, self._requests, sinks))))
+        work.add_done_callback(lambda _: events.moved.set())
+        connection.watch(work.cancel)
+        try:
+            await events.moved.wait()  # every answer ends by its deadline
+            if not events.waiting and not work.cancelled():
+                work.result()
+            if not work.cancelled():
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                events.begin()
+                await asyncio.wait([work])
+            if not work.cancelled():
+                await self._finish(connection, work.exception(), send)
+        finally:
+            connection.unwatch()
+            await _end(work)
 
-    async def _send_all(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            started = False
-            async for content in events:
-                if not started:
-                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                    started = True
-                if not await self._sent(send, content):
-                    return
-        await self._sent(send, b"", more=False)
-
-    async def _sent(self, send: Send, content: bytes, more: bool = True) -> bool:
+    async def _finish(self, connection: Connection, error: BaseException | None, send: Send) -> None:
+        if isinstance(error, Cancelled) and error.cause == unread(0).cause:
+            log.warning("cancelling a stream: its client has not read for %g s", self._slow_client_s)
+            connection.give_up()
+            return
+        connection.write_body(self._last_events(error))
         try:
             async with asyncio.timeout(self._slow_client_s):
-                await send({"type": "http.response.body", "body": content, "more_body": more})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
-            log.warning("cancelling a stream: its client has not read for %g s", self._slow_client_s)
-            return False
+            connection.give_up()
+
+    def _last_events(self, error: BaseException | None) -> bytes:
+        if error is None:
+            return b"".join(map(event, self._answer.closing())) + DONE
+        if not isinstance(error, BatonError):  # an edge: the status line is gone, so the client learns of a bug here or never
+            log.error("a stream ended in a bug", exc_info=error)
+            error = InternalError("a bug in the router ended this stream; its log has the details")
+        return event(error_json(error)) + DONE
+
+
+class _Events:
+    """What one HTTP request's sinks share. Owner: its EventStream. waiting: events that wait for the head of the response."""
+
+    def __init__(self, connection: Connection, answer: AnswerFormat, slow_client_s: float) -> None:
+        self.connection = connection
+        self.waiting: list[bytes] = []
+        self.moved = asyncio.Event()
+        self._answer = answer
+        self._slow_client_s = slow_client_s
+        self._begun = False
+
+    def begin(self) -> None:
+        """The head has been written: the first events leave with it, all others as they come."""
+        self._begun = True
+        for data in self.waiting:
+            self.connection.write_body(data)
+        self.connection.flush()
+
+    def put(self, prompt: int, chunk: Chunk) -> bool:
+        data = self._answer.events(prompt, chunk)
+        if self._begun:
+            return self.connection.write_body(data)
+        self.waiting.append(data)
+        self.moved.set()
         return True
+
+    async def room(self) -> None:
+        try:
+            async with asyncio.timeout(self._slow_client_s):
+                await self.connection.room()
+        except TimeoutError:
+            raise unread(self._slow_client_s) from None
+
+
+class _Part:
+    """The sink of one prompt."""
+
+    def __init__(self, events: _Events, prompt: int) -> None:
+        self._events = events
+        self._prompt = prompt
+
+    def put(self, chunk: Chunk) -> bool:
+        return self._events.put(self._prompt, chunk)
+
+    async def room(self) -> None:
+        await self._events.room()
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -139,15 +177,11 @@ async def _disconnect(receive: Receive) -> None:
         continue
 
 
-async def _next(source: AsyncGenerator[Chunk, None]) -> Chunk | None:
-    return await anext(source, None)
-
-
 async def _end(task: asyncio.Task[Any]) -> None:
     """Cancel a task and wait for it. Of earlier errors the first was told by whoever awaited it; a new one is a bug, so it is logged."""
     if task.done():
         if not task.cancelled():
-            task.exception()  # counts as seen: of several prompts refused at once, one answers for all
+            task.exception()  # counts as seen
         return
     task.cancel()
     await asyncio.wait({task})

@@ -12,7 +12,7 @@ from baton.config import BatonConfig, RankPlan
 from baton.errors import BatonError
 from decode_node.leader import DecodeLeader
 from decode_node.service import add_services as add_decode
-from kv_transfer.client import OpenChannel
+from kv_transfer.line import OpenChannel
 from prefill_node.leader import PrefillLeader
 from prefill_node.service import add_services as add_prefill
 from ranks.drive import Drive

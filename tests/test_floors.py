@@ -38,6 +38,7 @@ FLOORS: list[dict[str, list[str]]] = [
     {"router": ["router/**"], "prefill_node": ["prefill_node/**"], "decode_node": ["decode_node/**"]},
     {"cluster": ["cluster/**"], "simulator": ["simulator/**"]},
     {"bench": ["bench/**"]},
+    {"command": ["baton/__main__.py"]},
 ]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
 TOPS: list[str] = PROJECT["hatch"]["build"]["targets"]["wheel"]["packages"]
@@ -47,8 +48,9 @@ OUTSIDE = ("tests", "demo")
 # The simulator stands in for grpc itself: in memory, in virtual time, with faults.
 GRPC_FILES = [
     *(f"simulator/{name}.py" for name in ("network", "serving", "stream")),
+    "bench/instant_nodes.py",  # stands in for nodes
     *("baton/rpc.py", "baton/client.py", "*/service.py"),
-    *("router/nodes.py", "router/said.py", "ranks/control.py", "kv_transfer/server.py", "kv_transfer/client.py"),
+    *("router/nodes.py", "router/said.py", "ranks/control.py", "kv_transfer/server.py", "kv_transfer/client.py", "kv_transfer/line.py"),
 ]
 NOWHERE: list[str] = []
 DOORS: dict[str, list[str]] = {
@@ -60,7 +62,6 @@ DOORS: dict[str, list[str]] = {
     "grpc_status": GRPC_FILES,
     "google.protobuf": ["baton/wire.py", *GRPC_FILES, "baton/v1/**"],
     "baton.v1": ["baton/wire.py", *GRPC_FILES, "baton/v1/**"],
-    "fastapi": ["router/web.py", "router/web_*.py"],
     "starlette": ["router/web.py", "router/web_*.py"],
     "uvicorn": ["router/web.py", "router/web_*.py"],
     "pickle": NOWHERE,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -88,15 +89,16 @@ class Batch:
     @classmethod
     def _laid_out(cls, rows: Sequence[Row], new_blocks: Sequence[tuple[int, int]]) -> Batch:
         lens = np.array([len(row.token_ids) for row in rows], np.int32)
-        starts = np.concatenate([np.zeros(1, np.int32), np.cumsum(lens, dtype=np.int32)])
+        firsts = np.array([row.start for row in rows], np.int32)
+        starts = starts_of(lens)
         samples = [row.sample for row in rows if row.sample]
         return cls(
             token_ids=_flat([row.token_ids for row in rows]),
-            positions=_flat([range(row.start, row.start + len(row.token_ids)) for row in rows]),
+            positions=np.arange(starts[-1], dtype=np.int32) + np.repeat(firsts - starts[:-1], lens),
             query_starts=starts,
-            context_lens=np.array([row.start + len(row.token_ids) for row in rows], np.int32),
+            context_lens=firsts + lens,
             block_tables=_padded([row.block_ids for row in rows]),
-            sample_rows=np.array([starts[i + 1] - 1 for i, row in enumerate(rows) if row.sample], np.int32),
+            sample_rows=starts[1:][[row.sample is not None for row in rows]] - np.int32(1) if samples else np.zeros(0, np.int32),
             seeds=np.array([sample.seed for sample in samples], np.uint64),
             output_indices=np.array([sample.output_index for sample in samples], np.int64),
             temperatures=np.array([sample.temperature for sample in samples], np.float32),
@@ -104,10 +106,37 @@ class Batch:
             top_ps=np.array([sample.top_p for sample in samples], np.float32),
             min_ps=np.array([sample.min_p for sample in samples], np.float32),
             num_logprobs=np.array([-1 if s.num_logprobs is None else s.num_logprobs for s in samples], np.int32),
-            banned_starts=np.cumsum([0, *(len(sample.banned_ids) for sample in samples)], dtype=np.int32),
+            banned_starts=starts_of([len(sample.banned_ids) for sample in samples]),
             banned_ids=_flat([sample.banned_ids for sample in samples]),
             new_blocks=np.array([block for block, _ in new_blocks], np.int32),
             new_generations=np.array([generation for _, generation in new_blocks], np.uint64),
+        )
+
+    def followed_by(self, other: Batch) -> Batch:
+        """The rows of this batch and then those of another one, as one step."""
+        tables = np.zeros(
+            (self.num_sequences + other.num_sequences, max(self.block_tables.shape[1], other.block_tables.shape[1])), np.int32
+        )
+        tables[: self.num_sequences, : self.block_tables.shape[1]] = self.block_tables
+        tables[self.num_sequences :, : other.block_tables.shape[1]] = other.block_tables
+        return Batch(
+            token_ids=np.concatenate([self.token_ids, other.token_ids]),
+            positions=np.concatenate([self.positions, other.positions]),
+            query_starts=_starts_after(self.query_starts, other.query_starts),
+            context_lens=np.concatenate([self.context_lens, other.context_lens]),
+            block_tables=tables,
+            sample_rows=np.concatenate([self.sample_rows, other.sample_rows + np.int32(self.num_tokens)]),
+            seeds=np.concatenate([self.seeds, other.seeds]),
+            output_indices=np.concatenate([self.output_indices, other.output_indices]),
+            temperatures=np.concatenate([self.temperatures, other.temperatures]),
+            top_ks=np.concatenate([self.top_ks, other.top_ks]),
+            top_ps=np.concatenate([self.top_ps, other.top_ps]),
+            min_ps=np.concatenate([self.min_ps, other.min_ps]),
+            num_logprobs=np.concatenate([self.num_logprobs, other.num_logprobs]),
+            banned_starts=_starts_after(self.banned_starts, other.banned_starts),
+            banned_ids=np.concatenate([self.banned_ids, other.banned_ids]),
+            new_blocks=np.concatenate([self.new_blocks, other.new_blocks]),
+            new_generations=np.concatenate([self.new_generations, other.new_generations]),
         )
 
     def pack(self) -> Int64:
@@ -149,7 +178,7 @@ class Batch:
             length, width = int(vector[at]), int(vector[at + 1])
             count = length * max(width, 1) if width else 0
             words = -(-count * dtype.itemsize // 8)
-            flat = np.frombuffer(vector[at + 2 : at + 2 + words].tobytes(), dtype)[:count]
+            flat = vector[at + 2 : at + 2 + words].copy().view(dtype)[:count]  # its own memory, writable as torch wants it
             arrays.append(flat.reshape(length, width) if width >= 0 else flat)
             at += 2 + words
         return cls(*arrays)
@@ -160,8 +189,19 @@ _DTYPES = tuple(
 )
 
 
+def starts_of(lens: Sequence[int] | Int32) -> Int32:
+    """[n + 1]: where runs of these lengths start when they lie one after the other, and where the last one ends."""
+    starts = np.zeros(len(lens) + 1, np.int32)
+    np.cumsum(lens, out=starts[1:])
+    return starts
+
+
+def _starts_after(starts: Int32, others: Int32) -> Int32:
+    return np.concatenate([starts, others[1:] + starts[-1]])
+
+
 def _flat(runs: Sequence[Sequence[int]]) -> Int32:
-    return np.array([value for run in runs for value in run], np.int32)
+    return np.fromiter(chain.from_iterable(runs), np.int32, sum(map(len, runs)))
 
 
 def _padded(tables: Sequence[Sequence[int]]) -> Int32:

@@ -35,7 +35,15 @@ def root_hash(salt: bytes = b"") -> bytes:
 
 def next_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """The hash of a full block: blake2b-128 over its parent's hash and its token ids as little-endian u32."""
-    return hashlib.blake2b(parent + struct.pack(f"<{len(token_ids)}I", *token_ids), digest_size=HASH_BYTES).digest()
+    return _hash_of(parent, _as_bytes(token_ids))
+
+
+def _as_bytes(token_ids: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(token_ids)}I", *token_ids)
+
+
+def _hash_of(parent: bytes, content: bytes) -> bytes:
+    return hashlib.blake2b(parent + content, digest_size=HASH_BYTES).digest()
 
 
 def chain_hashes(token_ids: Sequence[int], block_size: int, salt: bytes = b"", num_blocks: int | None = None) -> tuple[bytes, ...]:
@@ -43,8 +51,9 @@ def chain_hashes(token_ids: Sequence[int], block_size: int, salt: bytes = b"", n
     full = len(token_ids) // block_size
     count = full if num_blocks is None else min(full, num_blocks)
     hashes, parent = [], root_hash(salt)
-    for start in range(0, count * block_size, block_size):
-        parent = next_hash(parent, token_ids[start : start + block_size])
+    content, width = _as_bytes(token_ids[: count * block_size]), 4 * block_size
+    for start in range(0, count * width, width):
+        parent = _hash_of(parent, content[start : start + width])
         hashes.append(parent)
     return tuple(hashes)
 
@@ -127,15 +136,22 @@ class BlockPool:
 
     def peek(self, hashes: Sequence[bytes]) -> int:
         """How many leading blocks `match` would find; holds nothing."""
-        return next((i for i, content_hash in enumerate(hashes) if content_hash not in self._by_hash), len(hashes))
+        for i, content_hash in enumerate(hashes):
+            if content_hash not in self._by_hash:
+                return i
+        return len(hashes)
 
     def fits(self, hashes: Sequence[bytes], count: int) -> bool:
         """Whether a sequence of `count` blocks, whose leading ones may match `hashes`, can hold or reserve all of them now."""
-        if count - len(hashes) > self.available():
-            return False  # however many of them match
-        matched = (self._by_hash[content_hash] for content_hash in hashes[: self.peek(hashes)])
-        shared = sum(self._states[block] is BlockState.HELD for block in matched)
-        return count - shared <= self.available()
+        lacking = count - self.available()
+        if not 0 < lacking <= len(hashes):
+            return lacking <= 0  # however many of them match
+        for content_hash in hashes:
+            block = self._by_hash.get(content_hash)
+            if block is None:
+                break
+            lacking -= self._states[block] is BlockState.HELD
+        return lacking <= 0
 
     def match(self, hashes: Sequence[bytes], limit: int | None = None) -> tuple[int, ...]:
         """The longest cached prefix, at most `limit` blocks; each is held once more, by the caller.

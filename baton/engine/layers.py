@@ -14,12 +14,16 @@ from baton.engine.projections import ColumnParallel, Part, RowParallel, VocabPar
 from baton.engine.setting import Setting, Step
 from baton.engine.weights import Piece
 
+# Hidden states [T, H] as two summands: what the last layer gave and what went in, None where nothing did. The norm that comes next
+# adds them up, in one pass over memory.
+Hidden = tuple[torch.Tensor, torch.Tensor | None]
+
 
 class Mlp:
     """A gated MLP: of a dense layer, or shared by all tokens beside routed experts. intermediate: None for the dense layers' width."""
 
     def __init__(self, setting: Setting, intermediate: int | None = None) -> None:
-        spec, self._device = setting.spec, setting.device
+        spec = setting.spec
         width = spec.intermediate if intermediate is None else intermediate
         columns = setting.placement.columns(width)
         parts = [Part(name, columns, width) for name in ("gate_proj", "up_proj")]
@@ -28,11 +32,16 @@ class Mlp:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, H] -> [T, H]."""
-        return self._down(self._device.silu_mul(self._gate_up(x)))
+        return self._down(self._gate_up.gated(x))
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's summand of the result, [T, H], for whoever adds more before it is reduced. Without a bias of down_proj."""
-        return self._down.partial(self._device.silu_mul(self._gate_up(x)))
+        return self._down.partial(self._gate_up.gated(x))
+
+    def prepare(self) -> None:
+        """Once, after loading."""
+        self._gate_up.prepare(gated=True)
+        self._down.prepare()
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         """Everything under `prefix`.mlp."""
@@ -47,6 +56,10 @@ class AttentionLayer(Protocol):
         """x [T, H] -> [T, H]; the step's part of the cache is written first."""
         ...
 
+    def prepare(self) -> None:
+        """Bring weights into the device's form: once, after loading."""
+        ...
+
     def pieces(self, prefix: str) -> Iterator[Piece]:
         """What fills it."""
         ...
@@ -57,6 +70,10 @@ class FeedForward(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, H] -> [T, H]."""
+        ...
+
+    def prepare(self) -> None:
+        """Bring weights into the device's form: once, after loading."""
         ...
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
@@ -71,10 +88,15 @@ class Block:
         self._attention, self._feed_forward = attention or Attention(setting), feed_forward
         self._before, self._between = RMSNorm(setting, setting.spec.hidden), RMSNorm(setting, setting.spec.hidden)
 
-    def __call__(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
-        """x [T, H] -> [T, H]."""
-        x = x + self._attention(self._before(x), step, cache)
-        return x + self._feed_forward(self._between(x))
+    def __call__(self, hidden: Hidden, step: Step, cache: LayerCache) -> Hidden:
+        x, residual = self._before.add(*hidden)
+        x, residual = self._between.add(self._attention(x, step, cache), residual)
+        return self._feed_forward(x), residual
+
+    def prepare(self) -> None:
+        """Once, after loading."""
+        self._attention.prepare()
+        self._feed_forward.prepare()
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         """Everything of the layer `prefix`."""
@@ -95,16 +117,25 @@ class Decoder:
         first = setting.spec.num_layers
         self._beyond = tuple(f"model.layers.{layer}." for layer in range(first, first + setting.spec.num_mtp_layers))
 
-    def __call__(self, step: Step) -> torch.Tensor:
-        """The last hidden states [T, H], before the final norm. A rank with T = 0 takes part in the collectives of its domain."""
-        x = self._embedding.embed(step.token_ids)
+    def __call__(self, step: Step) -> Hidden:
+        """The last hidden states, before the final norm. A rank with T = 0 takes part in the collectives of its domain."""
+        hidden: Hidden = self._embedding.embed(step.token_ids), None
         for block, cache in zip(self._blocks, step.caches, strict=True):
-            x = block(x, step, cache)
-        return x
+            hidden = block(hidden, step, cache)
+        return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """hidden [N, H] -> [N, vocab] float32 on the leader, None on the others."""
-        return self._head.logits(self._norm(hidden))
+    def logits(self, hidden: Hidden, rows: torch.Tensor | None = None) -> torch.Tensor | None:
+        """hidden [T, H] -> [N, vocab] of `rows` [N] of them, all if not given, on the leader; None on the others. Uses hidden up."""
+        x, residual = hidden
+        if rows is not None:
+            x, residual = x[rows], None if residual is None else residual[rows]
+        return self._head.logits(self._norm.add(x, residual)[0])
+
+    def prepare(self) -> None:
+        """Bring all weights into the device's form, one after the other: once, after loading; nothing can be loaded afterwards."""
+        for block in self._blocks:
+            block.prepare()
+        self._head.prepare(looked_up=self._head is self._embedding)
 
     def pieces(self) -> Iterator[Piece]:
         """What fills the model, under the names that transformers gives."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from baton.engine.devices import LayerCache
+from baton.engine.devices import LatentNorm, LayerCache
 from baton.engine.norm import RMSNorm
 from baton.engine.projections import ColumnParallel, Part, Replicated, RowParallel, columns_of
 from baton.engine.setting import Setting, Step
@@ -25,13 +25,14 @@ class Mla:
     """
 
     def __init__(self, setting: Setting) -> None:
-        spec, self._device = setting.spec, setting.device
+        spec = setting.spec
         assert spec.mla is not None
         self._mla, self._scale, self._interleaved = spec.mla, spec.softmax_scale, spec.rope.interleaved
         self._heads, self._total_heads = setting.placement.heads(spec.heads), spec.heads
         self._queries = _queries(setting, spec.mla)
         self._compress = Replicated(setting, spec.hidden, spec.mla.latent + spec.mla.rope, spec.qkv_bias)
         self._norm = RMSNorm(setting, spec.mla.latent, spec.mla.norm_eps)
+        self._latent_norm = LatentNorm(self._norm.weight, spec.mla.norm_eps)
         self.key_up = setting.empty(len(self._heads), spec.mla.nope, spec.mla.latent)
         self.value_up = setting.empty(len(self._heads), spec.mla.value, spec.mla.latent)
         width = spec.heads * spec.mla.value
@@ -40,14 +41,14 @@ class Mla:
     def __call__(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
         """x [T, H] -> [T, H]; writes the step's latents and rotated keys into the cache first."""
         queries = self._queries(x).view(len(x), len(self._heads), self._mla.nope + self._mla.rope)
-        latents, keys = torch.split(self._compress(x)[:, None], [self._mla.latent, self._mla.rope], dim=-1)
-        step.attention.write((torch.cat((self._norm(latents), self._rotated(keys, step)), dim=-1),), cache)
-        plain, rotary = torch.split(queries, [self._mla.nope, self._mla.rope], dim=-1)
-        queries = torch.cat((plain, self._rotated(rotary, step)), dim=-1)
+        queries = step.attention.enter_latent(queries, self._compress(x), self._latent_norm, step.cos, step.sin, self._interleaved, cache)
         return self._out(step.attention.attend_latent(queries, self.key_up, self.value_up, cache, self._scale))
 
-    def _rotated(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        return self._device.rotate(x, step.cos, step.sin, self._interleaved)
+    def prepare(self) -> None:
+        """Once, after loading; what is folded into queries and results stays as it is."""
+        self._queries.prepare()
+        self._compress.prepare()
+        self._out.prepare()
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         """Everything under `prefix`.self_attn."""
@@ -76,6 +77,10 @@ class _CompressedQueries:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._project(self._norm(self._compress(x)))
+
+    def prepare(self) -> None:
+        self._compress.prepare()
+        self._project.prepare()
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         yield from self._compress.pieces(f"{prefix}.q_a_proj")

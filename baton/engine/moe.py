@@ -34,6 +34,7 @@ class Moe:
         self._setting, self._moe = setting, moe
         self._experts, self._columns = placement.experts(moe.num_experts), placement.expert_columns(moe.intermediate)
         self.router = setting.device.empty((moe.num_experts, hidden), "float32" if float32_router else setting.spec.dtype)
+        self._router = Matrix(self.router)
         self.bias = setting.device.empty((moe.num_experts,), "float32") if moe.gate.biased else None
         self.gate_up = setting.matrix(len(self._experts), 2 * len(self._columns), hidden)
         self.down = setting.matrix(len(self._experts), hidden, len(self._columns))
@@ -80,12 +81,21 @@ class Moe:
     def _route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """weights [T, top_k] float32, with no more precision than the logits have, and ids [T, top_k]."""
         device = self._setting.device
-        logits = device.linear(x.to(self.router.dtype), Matrix(self.router))
+        logits = device.linear(x.to(self.router.dtype), self._router)
         weights, ids = device.route(logits, self._moe.gate, self.bias)
         return weights.to(logits.dtype).float(), ids
 
     def _local(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return self._setting.device.experts(x, weights, ids, self.gate_up, self.down)
+
+    def prepare(self) -> None:
+        """Once, after loading."""
+        device = self._setting.device
+        self._router = device.prepare(self._router)
+        self.gate_up = device.prepare(self.gate_up, gated=True)
+        self.down = device.prepare(self.down)
+        if self._shared is not None:
+            self._shared.prepare()
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         """Everything under `prefix`.mlp: the router, and one tensor per expert and projection, as the hub has them."""

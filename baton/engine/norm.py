@@ -20,6 +20,10 @@ class RMSNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._device.rms_norm(x, self.weight, self._eps)
 
+    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, residual [T, H] -> (norm of their sum, their sum). residual is given up; without one x is the sum."""
+        return (self(x), x) if residual is None else self._device.add_rms_norm(x, residual, self.weight, self._eps)
+
     def pieces(self, name: str) -> Iterator[Piece]:
         """`name`.weight, all of it."""
         yield Piece(f"{name}.weight", tuple(self.weight.shape), (slice(None),), self.weight)

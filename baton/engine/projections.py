@@ -49,6 +49,14 @@ class ColumnParallel:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._device.linear(x, self.weight, self.bias)
 
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of a projection whose parts are a gate and as wide an up: x [T, in] -> [T, width of one]."""
+        return self._device.gated_linear(x, self.weight, self.bias)
+
+    def prepare(self, gated: bool = False) -> None:
+        """Once, after loading. gated: for `gated` alone."""
+        self.weight = self._device.prepare(self.weight, gated)
+
     def pieces(self, prefix: str) -> Iterator[Piece]:
         """`prefix`.part.weight and .bias, each row slice into its place."""
         at = 0
@@ -79,6 +87,10 @@ class RowParallel:
         """This rank's summand, [T, out]; the sum over the group lacks the bias."""
         return self._device.linear(x, self.weight)
 
+    def prepare(self) -> None:
+        """Once, after loading."""
+        self.weight = self._device.prepare(self.weight)
+
     def pieces(self, name: str) -> Iterator[Piece]:
         """`name`.weight, its columns; `name`.bias, all of it."""
         columns = slice(self._columns.start, self._columns.stop)
@@ -99,6 +111,10 @@ class Replicated:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._device.linear(x, self.weight, self.bias)
 
+    def prepare(self) -> None:
+        """Once, after loading."""
+        self.weight = self._device.prepare(self.weight)
+
     def pieces(self, name: str) -> Iterator[Piece]:
         """`name`.weight and .bias, all of them."""
         yield Piece.of(f"{name}.weight", self._shape, (_ALL, _ALL), self.weight)
@@ -116,6 +132,7 @@ class VocabParallel:
         self._rows = setting.placement.vocab(self._vocab)
         self.weight = setting.empty(-(-self._vocab // setting.placement.tp_size), setting.spec.hidden)
         self.weight[len(self._rows) :].zero_()  # rows beyond the vocabulary, where it does not divide; cut off again in `logits`
+        self._matrix = Matrix(self.weight)
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [T] -> [T, H] on every rank."""
@@ -123,11 +140,17 @@ class VocabParallel:
         return self._groups.all_reduce(self._device.embed(ids, mine, self._rows.start))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """hidden [N, H] -> [N, vocab] float32 on the leader of the group, None on the others."""
-        shards = self._groups.all_gather(self._device.linear(hidden, Matrix(self.weight)))
+        """hidden [N, H] -> [N, vocab] in its dtype on the leader of the group, None on the others. Rows may lie apart."""
+        shards = self._groups.all_gather(self._device.linear(hidden, self._matrix))
         if not self._leader:
             return None
-        return shards.transpose(0, 1).reshape(len(hidden), -1)[:, : self._vocab].float()
+        return shards.transpose(0, 1).reshape(len(hidden), -1)[:, : self._vocab]
+
+    def prepare(self, looked_up: bool) -> None:
+        """Of a head: once, after loading. looked_up: it is the embedding as well; otherwise the plain table is given up."""
+        self._matrix = self._device.prepare(self._matrix)
+        if not looked_up:
+            self.weight = self.weight.new_empty((0, self.weight.shape[1]))
 
     def pieces(self, name: str) -> Iterator[Piece]:
         """`name`.weight, its rows."""

@@ -9,7 +9,7 @@ import torch
 
 from baton.engine import weights
 from baton.engine.batch import Batch, Sampled
-from baton.engine.devices import open_device
+from baton.engine.devices import Device, open_device
 from baton.engine.kv_cache import KVCache
 from baton.engine.kv_shape import KVShape
 from baton.engine.models import build_model
@@ -33,13 +33,13 @@ class Rank:
     """
 
     def __init__(
-        self, spec: ModelSpec, placement: Placement, groups: Groups, model_dir: Path | str, kv: KVCache, device: str = "cpu"
+        self, spec: ModelSpec, placement: Placement, groups: Groups, model_dir: Path | str, kv: KVCache, device: str | Device = "cpu"
     ) -> None:
         assert kv.shape == KVShape.of(spec, placement, kv.shape.block_size), kv.shape
         self.spec = spec
         self.placement = placement
         self.kv = kv
-        self._device = open_device(device)
+        self._device = open_device(device) if isinstance(device, str) else device
         self._model_dir = model_dir
         setting = Setting(spec, placement, groups, self._device)
         self._rotary = Rotary(setting)
@@ -47,7 +47,9 @@ class Rank:
 
     def load(self, progress: weights.Progress | None = None) -> int:
         """Read this rank's slices of the checkpoint; returns their bytes. progress(done_bytes, total_bytes). Raises ConfigError."""
-        return weights.load(self._model_dir, self._model.pieces(), self._model.spare(), progress)
+        num_bytes = weights.load(self._model_dir, self._model.pieces(), self._model.spare(), progress)
+        self._model.prepare()
+        return num_bytes
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Sampled:
@@ -55,8 +57,8 @@ class Rank:
 
         All ranks of a group must pass the same batch, all ranks of a coupled domain must call at the same step. Raises NodeLost.
         """
-        logits = self.logits(batch)
-        return nothing_sampled() if logits is None else sample(logits, batch)
+        logits = self._logits(batch)
+        return nothing_sampled() if logits is None else sample(logits, batch, self._device.argmax)
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor | None:
@@ -64,13 +66,20 @@ class Rank:
 
         For measuring and tests, which may name other rows than Batch.build does, for instance all of a chunk. Otherwise as `forward`.
         """
+        logits = self._logits(batch)
+        return None if logits is None else logits.float()
+
+    def _logits(self, batch: Batch) -> torch.Tensor | None:
+        """The same in the model's dtype."""
         hidden = self._model(self._step(batch))
-        if not len(batch.sample_rows):
+        num_rows = len(batch.sample_rows)
+        if not num_rows:
             return None
-        return self._model.logits(hidden[self._device.tensor(batch.sample_rows)])
+        everything = num_rows == batch.num_tokens and bool((batch.sample_rows == np.arange(num_rows)).all())
+        return self._model.logits(hidden, None if everything else self._device.tensor(batch.sample_rows))
 
     def _step(self, batch: Batch) -> Step:
-        cos, sin = self._rotary(self._device.tensor(batch.positions))
+        cos, sin = self._rotary(self._device.tensor(batch.positions), int(batch.positions.max(initial=0)))
         attention = self._device.block_attention(batch, self.kv.layers[0])
         return Step(self._device.tensor(batch.token_ids), cos, sin, attention, self.kv.layers)
 

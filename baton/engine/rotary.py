@@ -12,19 +12,31 @@ import torch
 from baton.engine.setting import Setting
 from baton.engine.spec import LinearScaling, Llama3Scaling, RopeSpec, YarnScaling
 
+_TABLE_LEN = 4096  # angles of so many positions are kept: looking them up takes a fourth of the time
+
 
 class Rotary:
-    """Angles of positions, computed once per step."""
+    """Angles of positions, found once per step: the first ones in a table, for later ones computed."""
 
     def __init__(self, setting: Setting) -> None:
-        rope = setting.spec.rope
-        self._dtype = setting.empty(0).dtype
-        self._frequencies = rotary_frequencies(rope, setting.spec.rope_dim)
+        rope, like = setting.spec.rope, setting.empty(0)
+        self._dtype = like.dtype
+        self._frequencies = rotary_frequencies(rope, setting.spec.rope_dim).to(like.device)
         self._factor = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
+        self._table_len = min(_TABLE_LEN, setting.spec.max_position_embeddings)
+        self._cos, self._sin = self._angles(torch.arange(self._table_len, device=like.device))
 
-    def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions [T] -> cos, sin, each [T, 1, rope_dim / 2] in the model's dtype; angles and attention factor are float32."""
-        angles = positions[:, None, None].float() * self._frequencies.to(positions.device)
+    def __call__(self, positions: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """positions [T] -> cos, sin, each [T, 1, rope_dim / 2] in the model's dtype; angles and attention factor are float32.
+
+        largest: none of the positions is greater; told, for looking at them would wait for the device.
+        """
+        if largest >= self._table_len:
+            return self._angles(positions)
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+    def _angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = positions[:, None, None].float() * self._frequencies
         return (angles.cos() * self._factor).to(self._dtype), (angles.sin() * self._factor).to(self._dtype)
 
 

@@ -12,12 +12,15 @@ row, so no row's result depends on the others. N: sampled rows, V: vocabulary, R
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from baton.engine.batch import Batch, Float32, Int64, Sampled, UInt64
 
+Argmax = Callable[[Tensor], tuple[Tensor, Tensor]]
 UNIFORM_BITS = 24  # as many as an fp32 in [0, 1) holds exactly
 # Enough, mostly, to find where top_p cuts; if not, the whole row is sorted.
 FIRST_CANDIDATES = 1024
@@ -25,10 +28,17 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
-def sample(logits: Tensor, batch: Batch) -> Sampled:
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Device.argmax, in plain torch."""
+    ids = logits.argmax(dim=-1)  # of a NaN, where there is one
+    return ids, torch.isfinite(logits.gather(1, ids.unsqueeze(1))).squeeze(1)
+
+
+def sample(logits: Tensor, batch: Batch, argmax: Argmax = argmax) -> Sampled:
     """Draw one token per row.
 
-    logits: [N, V] fp32, unmodified; left as they are. batch: its N sampling rows. Returns arrays of length N in host memory.
+    logits: [N, V], unmodified; left as they are. In fp32, or narrower: then rows that take more than the largest are widened, and
+    nothing else is. batch: its N sampling rows. argmax: the device's. Returns arrays of length N in host memory.
     A row from which nothing can be drawn is named in failed_rows and disturbs no other.
     """
     num_rows = logits.shape[0]
@@ -36,11 +46,11 @@ def sample(logits: Tensor, batch: Batch) -> Sampled:
     logprobs, top_ids, top_logprobs = np.zeros(num_rows, np.float32), *_no_top(num_rows, int(batch.num_logprobs.max(initial=0)))
     if num_rows == 0:
         return Sampled(np.zeros(0, np.int64), logprobs, top_ids, top_logprobs)
-    token_ids, failed_rows = _draw(_banned_out(logits, batch), batch)
+    token_ids, failed_rows = _draw(logits, batch, argmax)
     asked = np.flatnonzero(batch.num_logprobs >= 0)
     if len(asked):
         rows = torch.from_numpy(asked).to(logits.device)
-        everything = torch.log_softmax(logits[rows], dim=-1)
+        everything = torch.log_softmax(_widened(logits, asked), dim=-1)
         logprobs[asked] = everything.gather(1, token_ids[rows].unsqueeze(1)).squeeze(1).cpu().numpy()
         ids, values = _most_likely(everything, top_ids.shape[1])
         top_ids[asked], top_logprobs[asked] = ids.cpu().numpy(), values.cpu().numpy()
@@ -67,28 +77,40 @@ def _no_top(num_rows: int, num_columns: int) -> tuple[Int64, Float32]:
     return np.zeros((num_rows, num_columns), np.int64), np.zeros((num_rows, num_columns), np.float32)
 
 
-def _banned_out(logits: Tensor, batch: Batch) -> Tensor:
-    """Ids beyond the vocabulary, which an end-of-sequence id may be, are banned by nature."""
-    rows = np.repeat(np.arange(len(batch.seeds)), np.diff(batch.banned_starts))
-    known = batch.banned_ids < logits.shape[1]
-    if not known.any():
-        return logits
-    index = (rows[known], batch.banned_ids[known].astype(np.int64))
-    on_device = tuple(torch.from_numpy(part).to(logits.device) for part in index)
-    return logits.clone().index_put_(on_device, torch.tensor(-torch.inf, device=logits.device))
-
-
-def _draw(logits: Tensor, batch: Batch) -> tuple[Tensor, Int64]:
+def _draw(logits: Tensor, batch: Batch, argmax: Argmax) -> tuple[Tensor, Int64]:
     """[N] token ids, and the rows that have none. Greedy rows: the largest logit, the lowest id of equal ones."""
-    token_ids = logits.argmax(dim=-1)  # of a NaN, where there is one
-    largest = logits.gather(1, token_ids.unsqueeze(1))
-    drawable = torch.isfinite(largest).squeeze(1).cpu().numpy()
+    token_ids, finite = argmax(logits)
+    if len(limited := np.flatnonzero(np.diff(batch.banned_starts))):
+        rows = torch.from_numpy(limited).to(logits.device)
+        token_ids[rows], finite[rows] = argmax(_allowed(logits, batch, limited))
+    drawable = finite.cpu().numpy()
     hot = np.flatnonzero(drawable & (batch.temperatures > 0))
     if len(hot):
         rows = torch.from_numpy(hot).to(logits.device)
-        weights = _weights(logits[rows] - largest[rows], batch, hot)
+        allowed = _allowed(logits, batch, hot)
+        weights = _weights(allowed - allowed.gather(1, token_ids[rows].unsqueeze(1)), batch, hot)
         token_ids[rows] = _inverse_cdf(weights, uniform(batch.seeds[hot], batch.output_indices[hot]))
     return token_ids, np.flatnonzero(~drawable)
+
+
+def _allowed(logits: Tensor, batch: Batch, rows: Int64) -> Tensor:
+    """[R, V] fp32: these rows, -inf for what is banned. Ids beyond the vocabulary, which an end-of-sequence id may be, are so by nature."""
+    wide = _widened(logits, rows)
+    index = [(i, id) for i, row in enumerate(rows.tolist()) for id in _banned(batch, row) if id < logits.shape[1]]
+    if not index:
+        return wide
+    on_device = torch.tensor(index, dtype=torch.int64, device=logits.device).unbind(1)
+    return wide.index_put_(on_device, torch.tensor(-torch.inf, device=logits.device))
+
+
+def _banned(batch: Batch, row: int) -> list[int]:
+    banned: list[int] = batch.banned_ids[batch.banned_starts[row] : batch.banned_starts[row + 1]].tolist()
+    return banned
+
+
+def _widened(logits: Tensor, rows: Int64) -> Tensor:
+    """[R, V] fp32, a copy."""
+    return logits[torch.from_numpy(rows).to(logits.device)].float()
 
 
 def _weights(logits: Tensor, batch: Batch, hot: Int64) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -72,7 +72,9 @@ class Sequence:
     def extend(self, pool: BlockPool, count: int) -> tuple[tuple[int, int], ...]:
         """Take `count` more blocks, from the reservation first; (block, generation) of each."""
         promised = min(count, self.reserved)
-        taken = pool.take(promised, reserved=True) + pool.take(count - promised, reserved=False)
+        taken = pool.take(promised, reserved=True)
+        if count > promised:
+            taken += pool.take(count - promised, reserved=False)
         self.reserved -= promised
         self.block_ids += (block for block, _ in taken)
         return taken
@@ -166,6 +168,8 @@ class Answer(enum.Enum):
 class _Place(Generic[Item]):
     arrival: int
     item: Item
+    size: int
+    num_tokens: int
     overtaken: int = 0
 
 
@@ -173,66 +177,101 @@ class WaitingLine(Generic[Item]):
     """Who waits to be started, by arrival. State owner: the scheduler that made it, which also ends what is in it.
 
     One that finds no room does not hold up those behind it, until younger ones have overtaken it `age_limit` times: from then on
-    it has the first turn, and nobody starts before it does.
+    it has the first turn, and nobody starts before it does. num_tokens: of all who wait.
     """
 
     def __init__(self, age_limit: int) -> None:
+        self.num_tokens = 0
         self._age_limit = age_limit
-        self._places: list[_Place[Item]] = []
+        self._places: list[_Place[Item]] = []  # by arrival
+        self._by_size: list[tuple[int, int, _Place[Item]]] = []  # size, arrival
+        self._aged: set[int] = set()  # arrivals of those that were overtaken too often
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def items(self) -> list[Item]:
-        """Who waits, oldest first."""
-        return [place.item for place in self._places]
+    def items(self) -> Iterator[Item]:
+        """Who waits, oldest first. Not to be used any more once somebody has joined or left."""
+        return (place.item for place in self._places)
 
-    def join(self, arrival: int, item: Item) -> None:
-        """Stand where `arrival` belongs. An item that waits again keeps its old number."""
-        bisect.insort(self._places, _Place(arrival, item), key=lambda place: place.arrival)
+    @property
+    def least_size(self) -> int:
+        """Of all who wait; there must be somebody."""
+        return self._by_size[0][0]
+
+    def join(self, arrival: int, item: Item, *, size: int = 0, num_tokens: int = 0) -> None:
+        """Stand where `arrival` belongs. An item that waits again keeps its old number. size: for turns, and for `least_size`."""
+        place = _Place(arrival, item, size, num_tokens)
+        bisect.insort(self._places, place, key=_arrival)
+        bisect.insort(self._by_size, (size, arrival, place))
+        self.num_tokens += num_tokens
 
     def leave(self, arrival: int) -> None:
         """The item of this number waits no longer."""
-        at = bisect.bisect_left(self._places, arrival, key=lambda place: place.arrival)
-        assert self._places[at].arrival == arrival
-        del self._places[at]
+        place = self._places.pop(bisect.bisect_left(self._places, arrival, key=_arrival))
+        assert place.arrival == arrival
+        del self._by_size[bisect.bisect_left(self._by_size, (place.size, arrival))]
+        self._aged.discard(arrival)
+        self.num_tokens -= place.num_tokens
 
-    def serve(self, start: Callable[[Item], Answer], turn: Callable[[Item], Any] | None = None) -> None:
-        """Try to start everyone, by arrival or by `turn`, least first; those that started are no longer in line.
+    def serve(self, start: Callable[[Item], Answer]) -> None:
+        """Try to start everyone, by arrival. Those that started are no longer in line.
 
-        O(waiting + waiting * started): a long line in which nobody finds room is cheap to look through, which is done at every event.
+        O(who is asked): a long line in which nobody finds room is cheap to look through, which is done at every event.
         """
+        self._serve(start, self._places)
+
+    def serve_by_size(self, start: Callable[[Item], Answer], elders: Collection[int], asked: Callable[[Item], bool]) -> None:
+        """Try to start everyone: first those of these arrivals, the oldest first, and then by size, the least first. Those that started
+        are no longer in line. asked: who need not be asked, for the answer would be NOT_YET, is passed over.
+        """
+        self._serve(start, self._in_turn(elders, asked))
+
+    def _serve(self, start: Callable[[Item], Answer], in_turn: Iterable[_Place[Item]]) -> None:
         passed: list[_Place[Item]] = []
         started: list[int] = []
         held_up = False  # by one that was passed, and overtaken too often
-        for place in self._places if turn is None else self._in_turn(turn):
+        for place in in_turn:
             answer = start(place.item)
             if answer is Answer.STEP_FULL:
                 break
             if answer is Answer.NO_ROOM:
-                place.overtaken += sum(arrival > place.arrival for arrival in started)
+                self._overtake([place], sum(arrival > place.arrival for arrival in started))
                 passed.append(place)
-                held_up = self._aged(place)
+                held_up = place.arrival in self._aged
             if answer is Answer.STARTED:
                 started.append(place.arrival)
-                _overtake(passed, place.arrival)
-                held_up = any(self._aged(other) for other in passed)
+                self._overtake([other for other in passed if other.arrival < place.arrival], 1)
+                held_up = any(other.arrival in self._aged for other in passed)
             if held_up:
                 break
-        gone = set(started)
-        self._places = [place for place in self._places if place.arrival not in gone]
+        for arrival in started:
+            self.leave(arrival)
 
-    def first(self) -> list[Item]:
-        """Those before whom nobody starts, if there are any; else everyone. Oldest first."""
-        return [place.item for place in self._places if self._aged(place)] or self.items()
+    def first(self) -> Iterator[Item]:
+        """Those before whom nobody starts, if there are any; else everyone. Oldest first; as `items`."""
+        return (place.item for place in self._places if not self._aged or place.arrival in self._aged)
 
-    def _aged(self, place: _Place[Item]) -> bool:
-        return place.overtaken >= self._age_limit
+    def _overtake(self, places: list[_Place[Item]], times: int) -> None:
+        for place in places:
+            place.overtaken += times
+            if self._age_limit <= place.overtaken:
+                self._aged.add(place.arrival)
 
-    def _in_turn(self, turn: Callable[[Item], Any]) -> list[_Place[Item]]:
-        return sorted(self._places, key=lambda place: (False, place.arrival) if self._aged(place) else (True, turn(place.item)))
+    def _in_turn(self, elders: Collection[int], asked: Callable[[Item], bool]) -> Iterator[_Place[Item]]:
+        aged = frozenset(self._aged)
+        yield from (self._place(arrival) for arrival in sorted(aged))
+        yield from (self._place(arrival) for arrival in sorted(elders) if arrival not in aged)
+        first = aged.union(elders)
+        for _, arrival, place in self._by_size:
+            if asked(place.item) and arrival not in first:
+                yield place
+
+    def _place(self, arrival: int) -> _Place[Item]:
+        place = self._places[bisect.bisect_left(self._places, arrival, key=_arrival)]
+        assert place.arrival == arrival
+        return place
 
 
-def _overtake(passed: list[_Place[Item]], arrival: int) -> None:
-    for place in passed:
-        place.overtaken += place.arrival < arrival
+def _arrival(place: _Place[Any]) -> int:
+    return place.arrival

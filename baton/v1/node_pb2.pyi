@@ -253,7 +253,7 @@ class Known(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., next_index: _Optional[int] = ...) -> None: ...
 
 class NodeEvent(_message.Message):
-    __slots__ = ("hello", "tokens", "accepted", "errors", "load", "pulls", "flushed", "known")
+    __slots__ = ("hello", "tokens", "accepted", "errors", "load", "pulls", "flushed", "known", "drawn")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
@@ -262,6 +262,7 @@ class NodeEvent(_message.Message):
     PULLS_FIELD_NUMBER: _ClassVar[int]
     FLUSHED_FIELD_NUMBER: _ClassVar[int]
     KNOWN_FIELD_NUMBER: _ClassVar[int]
+    DRAWN_FIELD_NUMBER: _ClassVar[int]
     hello: NodeHello
     tokens: _containers.RepeatedCompositeFieldContainer[TokenEvent]
     accepted: _containers.RepeatedCompositeFieldContainer[Accepted]
@@ -270,7 +271,20 @@ class NodeEvent(_message.Message):
     pulls: _containers.RepeatedCompositeFieldContainer[PullReport]
     flushed: _containers.RepeatedCompositeFieldContainer[CacheFlushed]
     known: _containers.RepeatedCompositeFieldContainer[Known]
-    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ..., accepted: _Optional[_Iterable[_Union[Accepted, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pulls: _Optional[_Iterable[_Union[PullReport, _Mapping]]] = ..., flushed: _Optional[_Iterable[_Union[CacheFlushed, _Mapping]]] = ..., known: _Optional[_Iterable[_Union[Known, _Mapping]]] = ...) -> None: ...
+    drawn: Drawn
+    def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., tokens: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ..., accepted: _Optional[_Iterable[_Union[Accepted, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[SequenceError, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pulls: _Optional[_Iterable[_Union[PullReport, _Mapping]]] = ..., flushed: _Optional[_Iterable[_Union[CacheFlushed, _Mapping]]] = ..., known: _Optional[_Iterable[_Union[Known, _Mapping]]] = ..., drawn: _Optional[_Union[Drawn, _Mapping]] = ...) -> None: ...
+
+class Drawn(_message.Message):
+    __slots__ = ("request_ids", "attempts", "output_indices", "token_ids")
+    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_INDICES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    request_ids: _containers.RepeatedScalarFieldContainer[str]
+    attempts: _containers.RepeatedScalarFieldContainer[int]
+    output_indices: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_ids: _Optional[_Iterable[str]] = ..., attempts: _Optional[_Iterable[int]] = ..., output_indices: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TokenEvent(_message.Message):
     __slots__ = ("request_id", "attempt", "output_index", "token_ids", "logprobs", "finish_reason", "cached_tokens")

@@ -16,7 +16,7 @@ from baton.v1 import inference_pb2 as baton_dot_v1_dot_inference__pb2
 from baton.v1 import node_pb2 as baton_dot_v1_dot_node__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61ton/v1/transfer.proto\x12\x08\x62\x61ton.v1\x1a\x18\x62\x61ton/v1/inference.proto\x1a\x13\x62\x61ton/v1/node.proto\"\x92\x01\n\x0bPullRequest\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.baton.v1.PullOpenH\x00\x12(\n\x07release\x18\x02 \x01(\x0b\x32\x15.baton.v1.PullReleaseH\x00\x12*\n\x08progress\x18\x03 \x01(\x0b\x32\x16.baton.v1.PullProgressH\x00\x42\t\n\x07request\"l\n\x08PullOpen\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.baton.v1.LeaseId\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0bhave_blocks\x18\x03 \x01(\r\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\"\x0e\n\x0cPullProgress\"\x1e\n\x0bPullRelease\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\"\xbc\x01\n\tPullReply\x12&\n\x06queued\x18\x01 \x01(\x0b\x32\x14.baton.v1.PullQueuedH\x00\x12.\n\x0c\x61nnouncement\x18\x02 \x01(\x0b\x32\x16.baton.v1.AnnouncementH\x00\x12&\n\x08released\x18\x03 \x01(\x0b\x32\x12.baton.v1.ReleasedH\x00\x12&\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x15.baton.v1.ErrorDetailH\x00\x42\x07\n\x05reply\"\x0c\n\nPullQueued\"x\n\x0c\x41nnouncement\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12\x15\n\tblock_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x17\n\x0bgenerations\x18\x03 \x03(\x04\x42\x02\x10\x01\x12#\n\x05\x66inal\x18\x04 \x01(\x0b\x32\x14.baton.v1.FinalToken\"\x8c\x01\n\nFinalToken\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\'\n\x07logprob\x18\x03 \x01(\x0b\x32\x16.baton.v1.TokenLogprob\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.baton.v1.FinishReason\"\n\n\x08Released2B\n\x08Transfer\x12\x36\n\x04Pull\x12\x15.baton.v1.PullRequest\x1a\x13.baton.v1.PullReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61ton/v1/transfer.proto\x12\x08\x62\x61ton.v1\x1a\x18\x62\x61ton/v1/inference.proto\x1a\x13\x62\x61ton/v1/node.proto\"7\n\x0cPullRequests\x12\'\n\x08requests\x18\x01 \x03(\x0b\x32\x15.baton.v1.PullRequest\"3\n\x0bPullReplies\x12$\n\x07replies\x18\x01 \x03(\x0b\x32\x13.baton.v1.PullReply\"\xc6\x01\n\x0bPullRequest\x12\x0c\n\x04pull\x18\x05 \x01(\x04\x12\"\n\x04open\x18\x01 \x01(\x0b\x32\x12.baton.v1.PullOpenH\x00\x12(\n\x07release\x18\x02 \x01(\x0b\x32\x15.baton.v1.PullReleaseH\x00\x12*\n\x08progress\x18\x03 \x01(\x0b\x32\x16.baton.v1.PullProgressH\x00\x12$\n\x05leave\x18\x04 \x01(\x0b\x32\x13.baton.v1.PullLeaveH\x00\x42\t\n\x07request\"l\n\x08PullOpen\x12 \n\x05lease\x18\x01 \x01(\x0b\x32\x11.baton.v1.LeaseId\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x13\n\x0bhave_blocks\x18\x03 \x01(\r\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\"\x0e\n\x0cPullProgress\"\x1e\n\x0bPullRelease\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\"\x0b\n\tPullLeave\"\xca\x01\n\tPullReply\x12\x0c\n\x04pull\x18\x05 \x01(\x04\x12&\n\x06queued\x18\x01 \x01(\x0b\x32\x14.baton.v1.PullQueuedH\x00\x12.\n\x0c\x61nnouncement\x18\x02 \x01(\x0b\x32\x16.baton.v1.AnnouncementH\x00\x12&\n\x08released\x18\x03 \x01(\x0b\x32\x12.baton.v1.ReleasedH\x00\x12&\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x15.baton.v1.ErrorDetailH\x00\x42\x07\n\x05reply\"\x0c\n\nPullQueued\"x\n\x0c\x41nnouncement\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12\x15\n\tblock_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x17\n\x0bgenerations\x18\x03 \x03(\x04\x42\x02\x10\x01\x12#\n\x05\x66inal\x18\x04 \x01(\x0b\x32\x14.baton.v1.FinalToken\"\x8c\x01\n\nFinalToken\x12\x14\n\x0coutput_index\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\'\n\x07logprob\x18\x03 \x01(\x0b\x32\x16.baton.v1.TokenLogprob\x12-\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x16.baton.v1.FinishReason\"\n\n\x08Released2F\n\x08Transfer\x12:\n\x05Pulls\x12\x16.baton.v1.PullRequests\x1a\x15.baton.v1.PullReplies(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -27,24 +27,30 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_ANNOUNCEMENT'].fields_by_name['block_ids']._serialized_options = b'\020\001'
   _globals['_ANNOUNCEMENT'].fields_by_name['generations']._options = None
   _globals['_ANNOUNCEMENT'].fields_by_name['generations']._serialized_options = b'\020\001'
-  _globals['_PULLREQUEST']._serialized_start=85
-  _globals['_PULLREQUEST']._serialized_end=231
-  _globals['_PULLOPEN']._serialized_start=233
-  _globals['_PULLOPEN']._serialized_end=341
-  _globals['_PULLPROGRESS']._serialized_start=343
-  _globals['_PULLPROGRESS']._serialized_end=357
-  _globals['_PULLRELEASE']._serialized_start=359
-  _globals['_PULLRELEASE']._serialized_end=389
-  _globals['_PULLREPLY']._serialized_start=392
-  _globals['_PULLREPLY']._serialized_end=580
-  _globals['_PULLQUEUED']._serialized_start=582
-  _globals['_PULLQUEUED']._serialized_end=594
-  _globals['_ANNOUNCEMENT']._serialized_start=596
-  _globals['_ANNOUNCEMENT']._serialized_end=716
-  _globals['_FINALTOKEN']._serialized_start=719
-  _globals['_FINALTOKEN']._serialized_end=859
-  _globals['_RELEASED']._serialized_start=861
-  _globals['_RELEASED']._serialized_end=871
-  _globals['_TRANSFER']._serialized_start=873
-  _globals['_TRANSFER']._serialized_end=939
+  _globals['_PULLREQUESTS']._serialized_start=84
+  _globals['_PULLREQUESTS']._serialized_end=139
+  _globals['_PULLREPLIES']._serialized_start=141
+  _globals['_PULLREPLIES']._serialized_end=192
+  _globals['_PULLREQUEST']._serialized_start=195
+  _globals['_PULLREQUEST']._serialized_end=393
+  _globals['_PULLOPEN']._serialized_start=395
+  _globals['_PULLOPEN']._serialized_end=503
+  _globals['_PULLPROGRESS']._serialized_start=505
+  _globals['_PULLPROGRESS']._serialized_end=519
+  _globals['_PULLRELEASE']._serialized_start=521
+  _globals['_PULLRELEASE']._serialized_end=551
+  _globals['_PULLLEAVE']._serialized_start=553
+  _globals['_PULLLEAVE']._serialized_end=564
+  _globals['_PULLREPLY']._serialized_start=567
+  _globals['_PULLREPLY']._serialized_end=769
+  _globals['_PULLQUEUED']._serialized_start=771
+  _globals['_PULLQUEUED']._serialized_end=783
+  _globals['_ANNOUNCEMENT']._serialized_start=785
+  _globals['_ANNOUNCEMENT']._serialized_end=905
+  _globals['_FINALTOKEN']._serialized_start=908
+  _globals['_FINALTOKEN']._serialized_end=1048
+  _globals['_RELEASED']._serialized_start=1050
+  _globals['_RELEASED']._serialized_end=1060
+  _globals['_TRANSFER']._serialized_start=1062
+  _globals['_TRANSFER']._serialized_end=1132
 # @@protoc_insertion_point(module_scope)

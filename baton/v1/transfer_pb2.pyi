@@ -7,15 +7,31 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class PullRequests(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[PullRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[PullRequest, _Mapping]]] = ...) -> None: ...
+
+class PullReplies(_message.Message):
+    __slots__ = ("replies",)
+    REPLIES_FIELD_NUMBER: _ClassVar[int]
+    replies: _containers.RepeatedCompositeFieldContainer[PullReply]
+    def __init__(self, replies: _Optional[_Iterable[_Union[PullReply, _Mapping]]] = ...) -> None: ...
+
 class PullRequest(_message.Message):
-    __slots__ = ("open", "release", "progress")
+    __slots__ = ("pull", "open", "release", "progress", "leave")
+    PULL_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    LEAVE_FIELD_NUMBER: _ClassVar[int]
+    pull: int
     open: PullOpen
     release: PullRelease
     progress: PullProgress
-    def __init__(self, open: _Optional[_Union[PullOpen, _Mapping]] = ..., release: _Optional[_Union[PullRelease, _Mapping]] = ..., progress: _Optional[_Union[PullProgress, _Mapping]] = ...) -> None: ...
+    leave: PullLeave
+    def __init__(self, pull: _Optional[int] = ..., open: _Optional[_Union[PullOpen, _Mapping]] = ..., release: _Optional[_Union[PullRelease, _Mapping]] = ..., progress: _Optional[_Union[PullProgress, _Mapping]] = ..., leave: _Optional[_Union[PullLeave, _Mapping]] = ...) -> None: ...
 
 class PullOpen(_message.Message):
     __slots__ = ("lease", "attempt", "have_blocks", "protocol_version")
@@ -39,17 +55,23 @@ class PullRelease(_message.Message):
     attempt: int
     def __init__(self, attempt: _Optional[int] = ...) -> None: ...
 
+class PullLeave(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class PullReply(_message.Message):
-    __slots__ = ("queued", "announcement", "released", "error")
+    __slots__ = ("pull", "queued", "announcement", "released", "error")
+    PULL_FIELD_NUMBER: _ClassVar[int]
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCEMENT_FIELD_NUMBER: _ClassVar[int]
     RELEASED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    pull: int
     queued: PullQueued
     announcement: Announcement
     released: Released
     error: _inference_pb2.ErrorDetail
-    def __init__(self, queued: _Optional[_Union[PullQueued, _Mapping]] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., released: _Optional[_Union[Released, _Mapping]] = ..., error: _Optional[_Union[_inference_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
+    def __init__(self, pull: _Optional[int] = ..., queued: _Optional[_Union[PullQueued, _Mapping]] = ..., announcement: _Optional[_Union[Announcement, _Mapping]] = ..., released: _Optional[_Union[Released, _Mapping]] = ..., error: _Optional[_Union[_inference_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class PullQueued(_message.Message):
     __slots__ = ()

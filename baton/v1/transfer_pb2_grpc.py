@@ -14,19 +14,20 @@ class TransferStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Pull = channel.stream_stream(
-                '/baton.v1.Transfer/Pull',
-                request_serializer=baton_dot_v1_dot_transfer__pb2.PullRequest.SerializeToString,
-                response_deserializer=baton_dot_v1_dot_transfer__pb2.PullReply.FromString,
+        self.Pulls = channel.stream_stream(
+                '/baton.v1.Transfer/Pulls',
+                request_serializer=baton_dot_v1_dot_transfer__pb2.PullRequests.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_transfer__pb2.PullReplies.FromString,
                 )
 
 
 class TransferServicer(object):
     """Missing associated documentation comment in .proto file."""
 
-    def Pull(self, request_iterator, context):
-        """One stream per pull. The puller sends Open, later Release; the source sends announcements as chunks are computed.
-        A higher attempt fences all lower ones of the same lease.
+    def Pulls(self, request_iterator, context):
+        """One stream between two leaders carries all their pulls. The puller numbers them, and sends Open, later Release, or Leave; the source
+        sends announcements as chunks are computed. A higher attempt fences all lower ones of the same lease. The end of the stream is the
+        Leave of every pull on it. Both sides say at once, in one message, what they have to say: at least a word, to a bounded number.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -35,10 +36,10 @@ class TransferServicer(object):
 
 def add_TransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Pull': grpc.stream_stream_rpc_method_handler(
-                    servicer.Pull,
-                    request_deserializer=baton_dot_v1_dot_transfer__pb2.PullRequest.FromString,
-                    response_serializer=baton_dot_v1_dot_transfer__pb2.PullReply.SerializeToString,
+            'Pulls': grpc.stream_stream_rpc_method_handler(
+                    servicer.Pulls,
+                    request_deserializer=baton_dot_v1_dot_transfer__pb2.PullRequests.FromString,
+                    response_serializer=baton_dot_v1_dot_transfer__pb2.PullReplies.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -51,7 +52,7 @@ class Transfer(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
-    def Pull(request_iterator,
+    def Pulls(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -61,8 +62,8 @@ class Transfer(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(request_iterator, target, '/baton.v1.Transfer/Pull',
-            baton_dot_v1_dot_transfer__pb2.PullRequest.SerializeToString,
-            baton_dot_v1_dot_transfer__pb2.PullReply.FromString,
+        return grpc.experimental.stream_stream(request_iterator, target, '/baton.v1.Transfer/Pulls',
+            baton_dot_v1_dot_transfer__pb2.PullRequests.SerializeToString,
+            baton_dot_v1_dot_transfer__pb2.PullReplies.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 from ray._private.node import Node  # what ray.cluster_utils makes its nodes of; that writes to a place that all users share
 from ray._private.parameter import RayParams
 
 from bench.chaos.raylets import Hosts
-from cluster.local import OBJECT_STORE_BYTES, start_private_ray
+from cluster.local import OBJECT_STORE_BYTES, private_ray
 from cluster.plan import RANK_RESOURCE
 
 
@@ -24,19 +24,22 @@ def main() -> int:
     home, first, second = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # Ray prints what it thinks of a lost raylet
-    start_private_ray(home, first)
+    with private_ray(home, first):
+        _hold(home, second, out)
+    return 0
+
+
+def _hold(home: Path, second: int, out: TextIO) -> None:
     context = ray.get_runtime_context()
     label = {"ray.io/node-id": str(context.get_node_id())}
     while True:
         node = _start(home, context.gcs_address, second)
         hosts = Hosts(address=context.gcs_address, first=label, second_pid=node.all_processes["raylet"][0].process.pid)
         print(hosts.model_dump_json(), file=out, flush=True)
-        if not sys.stdin.readline():
-            break
+        again = sys.stdin.readline()
         node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
-    node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
-    ray.shutdown()
-    return 0
+        if not again:
+            return
 
 
 def _start(home: Path, address: str, slots: int) -> Any:

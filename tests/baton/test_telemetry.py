@@ -5,10 +5,13 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from baton.request import BlockCounts, Usage
-from baton.telemetry import MAX_WORDS, GroupFigures, LineFormatter, PullFigures, RouterMetrics, configure_logging, fields
+from baton.telemetry import ITL_BUCKETS_S, MAX_WORDS, GroupFigures, LineFormatter, PullFigures, RouterMetrics, configure_logging, fields
 
 
 @pytest.fixture
@@ -79,6 +82,20 @@ def test_request_metrics():
     assert found["baton_request_seconds_sum", ()] == pytest.approx(1.501)
     assert found["baton_prompt_tokens_total", ()] == 10 and found["baton_generation_tokens_total", ()] == 4
     assert found["baton_cached_prompt_tokens_total", ()] == 8
+
+
+@given(st.lists(st.sampled_from(ITL_BUCKETS_S) | st.floats(0, 100), max_size=20))
+def test_times_between_tokens_are_counted_as_prometheus_counts(times):
+    metrics, registry = RouterMetrics(), CollectorRegistry()
+    reference = Histogram("baton_inter_token_seconds", "x", buckets=ITL_BUCKETS_S, registry=registry)
+    for seconds in times:
+        metrics.next_token(seconds)
+        reference.observe(seconds)
+    expected = {
+        (s.name, tuple(s.labels.items())): s.value for m in registry.collect() for s in m.samples if not s.name.endswith("_created")
+    }
+    found = samples(metrics)
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
 
 
 def test_group_metrics_are_the_latest_and_end_with_the_group():

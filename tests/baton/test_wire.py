@@ -12,6 +12,7 @@ from baton.errors import InvalidRequest, NodeLost
 from baton.request import (
     BlockCounts,
     Chunk,
+    Drawn,
     FinishReason,
     GenerateRequest,
     Prompt,
@@ -94,6 +95,31 @@ def test_a_sequence_comes_back(sequence):
 def test_a_token_event_comes_back(event):
     (message,) = wire.tokens_to_messages([event])
     assert wire.token_event_from_message(node_pb2.TokenEvent.FromString(message.SerializeToString())) == event
+
+
+@given(st.lists(st.tuples(TEXT, COUNT, COUNT, st.integers(0, 2**31 - 1))))
+def test_drawn_tokens_come_back(rows):
+    drawn = Drawn()
+    for row in rows:
+        drawn.append(*row)
+    message = node_pb2.Drawn.FromString(wire.drawn_to_message(drawn).SerializeToString())
+    assert wire.drawn_from_message(message) == drawn
+    assert list(drawn.rows()) == rows and len(drawn) == len(rows)
+    drawn.extend(drawn)
+    assert list(drawn.rows()) == rows + rows
+
+
+DRAWN = {"request_ids": ["a", "b"], "attempts": [1, 2], "output_indices": [3, 4], "token_ids": [5, 6]}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{name: values[:1]} for name, values in DRAWN.items()] + [{"request_ids": []}, {"token_ids": []}, {"token_ids": [5, 2**31]}],
+)
+def test_drawn_tokens_that_cannot_be_are_refused(wrong):
+    wire.drawn_from_message(node_pb2.Drawn(**DRAWN))
+    with pytest.raises(InvalidRequest):
+        wire.drawn_from_message(node_pb2.Drawn(**DRAWN | wrong))
 
 
 def test_counts_and_errors_come_back():

@@ -19,18 +19,17 @@ from tests.cluster.footprint import Footprint, short_tmp
 PROGRAM = """if True:
     import os, sys
     from pathlib import Path
-    from cluster.local import start_private_ray
-    start_private_ray(Path(sys.argv[1]), 3)
-    import ray
+    from cluster.local import private_ray
 
     class Where:
         def pid(self):
             return os.getpid(), os.nice(0)
 
-    actor = ray.remote(Where).options(num_cpus=0, resources={"baton_rank": 1}).remote()
-    print(*ray.get(actor.pid.remote()), ray.get_runtime_context().gcs_address, flush=True)
-    sys.stdin.read()
-    ray.shutdown()
+    with private_ray(Path(sys.argv[1]), 3):
+        import ray
+        actor = ray.remote(Where).options(num_cpus=0, resources={"baton_rank": 1}).remote()
+        print(*ray.get(actor.pid.remote()), ray.get_runtime_context().gcs_address, flush=True)
+        sys.stdin.read()
 """
 
 

@@ -98,6 +98,20 @@ def test_threads_asked_for_are_given_and_others_share_the_cores(config: BatonCon
     assert shared * config.num_ranks <= max(cores, config.num_ranks)
 
 
+@given(configs(), st.booleans(), st.data())
+def test_every_rank_has_a_slot_of_its_own_wherever_nodes_are(config: BatonConfig, lend: bool, data: st.DataObject) -> None:
+    config = config.model_copy(update={"lend_cores": lend})
+    hosts = [Host("a", 4, ledger="/a/cores"), Host("b", 8, ledger="/b/cores")]
+    placed = [(ask, data.draw(st.sampled_from(hosts))) for ask in asks(config)]
+    known = [item for item in placed if data.draw(st.booleans())]  # others are being built again
+    slots = {(plan.node, plan.rank): plan.slot for plan in rank_plans(config, placed)}
+    assert sorted(slots.values()) == list(range(config.num_ranks))
+    for plan in rank_plans(config, known):
+        assert plan.slot == slots[plan.node, plan.rank]
+        assert plan.cores == {"a": 4, "b": 8}[plan.host]
+        assert plan.ledger == (f"/{plan.host}/cores" if lend else "")
+
+
 @given(configs(), checkpoints(), specs)
 def test_weights_are_cut_but_never_lost(config: BatonConfig, checkpoint: Checkpoint, spec: ModelSpec) -> None:
     for role, num_ranks in (("prefill", config.prefill.tp), ("decode", config.decode.dp * config.decode.tp)):

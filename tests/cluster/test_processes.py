@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import psutil
 import pytest
 
-from cluster.processes import kill, living, mark_of, marks_of, own_mark, this_machine
+from cluster.processes import kill, living, mark_of, marks_of, own_age_s, own_mark, this_machine
 
 WAIT_S = 20.0
 
@@ -67,7 +68,7 @@ def test_a_pid_of_nobody_is_nobody() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can promise it")
 def test_a_child_dies_with_its_parent_even_if_it_is_stopped() -> None:
-    child = "from cluster.processes import die_with_parent; die_with_parent(); print(1, flush=True); import sys; sys.stdin.read()"
+    child = "from cluster.fate import die_with_parent; die_with_parent(); print(1, flush=True); import sys; sys.stdin.read()"
     parent = (
         "import subprocess, sys\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
@@ -80,3 +81,9 @@ def test_a_child_dies_with_its_parent_even_if_it_is_stopped() -> None:
         process.kill()
         _, alive = psutil.wait_procs([orphan], timeout=WAIT_S)
         assert not [left for left in alive if left.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_process_knows_its_age() -> None:
+    began = time.time() - own_age_s()
+    assert abs(began - psutil.Process().create_time()) < 5
+    assert own_age_s() > 0

@@ -47,18 +47,28 @@ class ScriptedSource(transfer_pb2_grpc.TransferServicer):
         assert self._server is not None
         await self._server.stop(None)
 
-    async def Pull(
+    async def Pulls(
         self,
-        request_iterator: AsyncIterator[transfer_pb2.PullRequest],
+        request_iterator: AsyncIterator[transfer_pb2.PullRequests],
         context: grpc.aio.ServicerContext,  # type: ignore[type-arg]
     ) -> None:
         """See transfer.proto."""
-        self.asked.append(str((await anext(request_iterator)).WhichOneof("request")))
-        for reply in self.script:
-            await context.write(reply)
-        async for request in request_iterator:
-            self.asked.append(str(request.WhichOneof("request")))
-            if isinstance(self.last, Reply):
-                await context.write(self.last)
-            elif self.last is not None:
-                await context.abort(self.last, "gone")
+        async for message in request_iterator:
+            for request in message.requests:
+                await self._hear(request, context)
+
+    async def _hear(self, request: transfer_pb2.PullRequest, context: grpc.aio.ServicerContext) -> None:  # type: ignore[type-arg]
+        what = str(request.WhichOneof("request"))
+        if what != "leave":
+            self.asked.append(what)
+        if what == "open":
+            for reply in self.script:
+                await self._say(reply, request.pull, context)
+        elif isinstance(self.last, Reply) and what == "release":
+            await self._say(self.last, request.pull, context)
+        elif self.last is not None and what == "release":
+            await context.abort(self.last, "gone")
+
+    async def _say(self, reply: Reply, pull: int, context: grpc.aio.ServicerContext) -> None:  # type: ignore[type-arg]
+        reply.pull = pull
+        await context.write(transfer_pb2.PullReplies(replies=[reply]))

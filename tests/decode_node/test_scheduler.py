@@ -1,5 +1,8 @@
 """The decode scheduler against a memory that remembers what was written where: right content, one writer, nothing lost, and always on."""
 
+import dataclasses
+import functools
+
 import hypothesis
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from baton.request import FinishReason, Sampling, SequenceRequest, TokenEvent, T
 from decode_node.outcome import Admitted, DecodeLoad
 from decode_node.scheduler import DecodeScheduler
 from decode_node.stages import Stage
+from tests.decode_node.plain_scheduler import PlainScheduler
 
 SIZE = 4
 STOP = 9
@@ -51,7 +55,7 @@ def stream_after(request):
 class Group:
     """What surrounds the scheduler: block memory as tokens, and pulls that write into it."""
 
-    def __init__(self, num_blocks=16, **limits):
+    def __init__(self, num_blocks=16, scheduler=DecodeScheduler, **limits):
         self.pool = BlockPool(num_blocks, SIZE)
         limits = {
             "max_sequences": 4,
@@ -61,7 +65,7 @@ class Group:
             "max_model_len": 64,
             **limits,
         }
-        self.scheduler = DecodeScheduler(self.pool, **limits)
+        self.scheduler = scheduler(self.pool, **limits)
         self.memory = {}
         self.requests = {}
         self.tables = {}  # of sequences that are pulling: matched and bound blocks are not told, only bound ones
@@ -135,7 +139,18 @@ class Group:
 
     def step(self, blocked=frozenset()):
         self.plan(blocked)
-        return self.scheduler.apply(self.drawn())
+        return self.apply()
+
+    def apply(self):
+        """What the planned step brought, as one event per sequence, oldest first; columns hold what needs no event."""
+        applied = self.scheduler.apply(self.drawn())
+        for event in applied.events:
+            assert event.finish_reason or event.logprobs or event.cached_tokens is not None
+        return self.merged(applied)
+
+    def merged(self, applied):
+        plain = [TokenEvent(name, attempt, index, (token,)) for name, attempt, index, token in applied.drawn.rows()]
+        return tuple(sorted([*plain, *applied.events], key=lambda event: list(self.requests).index((event.request_id, event.attempt))))
 
     def run(self, steps=80):
         return [event for _ in range(steps) for event in self.step()]
@@ -383,7 +398,7 @@ def test_a_prompt_given_up_during_its_chunk_ends_with_the_step():
     assert group.scheduler.cancel(("a", 1), quarantine=True)
     assert group.scheduler.stage(("a", 1)) is Stage.ENDING
     assert group.pool.counts().held == 1
-    assert group.scheduler.apply(group.drawn()) == ()
+    assert group.apply() == ()
     assert group.scheduler.idle() and group.pool.counts().cached == 1
 
 
@@ -398,7 +413,7 @@ def test_a_prompt_without_a_token_ends_and_leaves_nothing_in_the_tree(max_step_t
     group.plan()
     drawn = group.drawn()
     failed = Sampled(drawn.token_ids, drawn.logprobs, drawn.top_ids, drawn.top_logprobs, failed_rows=(0,))
-    assert group.scheduler.apply(failed) == ()
+    assert group.merged(group.scheduler.apply(failed)) == ()
     assert group.scheduler.take_failed() == (("a", 1),)
     assert group.pool.counts() == BlockPool(16, SIZE).counts()
     group.pool.check()
@@ -410,7 +425,7 @@ def test_a_row_without_a_token_ends_its_sequence_alone():
     batch = group.plan()
     drawn = group.drawn()
     failed = Sampled(drawn.token_ids, drawn.logprobs, drawn.top_ids, drawn.top_logprobs, failed_rows=(0,))
-    events = group.scheduler.apply(failed)
+    events = group.merged(group.scheduler.apply(failed))
     assert batch.num_sequences == 2
     assert [event.request_id for event in events] == ["b"]
     assert group.scheduler.take_failed() == (("a", 1),)
@@ -469,7 +484,7 @@ def test_an_attempt_is_cancelled_wherever_it_is():
     assert group.scheduler.stage(("a", 1)) is Stage.ENDING
     assert group.pool.counts().held == 2, "the step is still writing"
     assert not group.scheduler.cancel(("a", 1), quarantine=True), "it ends already"
-    assert group.scheduler.apply(group.drawn()) == ()
+    assert group.apply() == ()
     assert group.pool.counts().held == 0
     assert not group.scheduler.cancel(("b", 9), quarantine=True)
     assert group.scheduler.idle()
@@ -494,6 +509,8 @@ class DecodeMachine(RuleBasedStateMachine):
     one of an undisturbed run.
     """
 
+    kind = DecodeScheduler
+
     @initialize(
         num_blocks=st.integers(7, 14),
         max_sequences=st.integers(1, 4),
@@ -501,7 +518,7 @@ class DecodeMachine(RuleBasedStateMachine):
         max_step_tokens=st.integers(1, 9),
     )
     def make(self, num_blocks, **limits):
-        self.group = Group(num_blocks, age_limit=2, **limits)
+        self.group = Group(num_blocks, self.kind, age_limit=2, **limits)
         self.limits = limits
         self.attempts = {}  # newest attempt of each request
         self.emitted = {}  # delivered tokens of each request
@@ -517,13 +534,16 @@ class DecodeMachine(RuleBasedStateMachine):
     @rule(
         prompts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=14), min_size=1, max_size=3),
         max_tokens=st.integers(1, 14),
-        stops=st.booleans(),
+        stops=st.sampled_from([(), (STOP,), (STOP, 2), (3, STOP, 2)]),
         alone=st.booleans(),
+        how=st.sampled_from(
+            [{}, {"num_logprobs": 1}, {"min_tokens": 3, "seed": 2**63 - 1}, {"temperature": 0.5, "top_k": 3, "top_p": 0.5}]
+        ),
     )
-    def add(self, prompts, max_tokens, stops, alone):
+    def add(self, prompts, max_tokens, stops, alone, how):
         for prompt in prompts:
             self.num_added += 1
-            self.send(ask(f"r{self.num_added}", prompt, max_tokens=max_tokens, stop_token_ids=(STOP,) if stops else ()), alone)
+            self.send(ask(f"r{self.num_added}", prompt, max_tokens=max_tokens, stop_token_ids=stops, **how), alone)
         self.admit()
 
     def send(self, request, alone):
@@ -581,8 +601,22 @@ class DecodeMachine(RuleBasedStateMachine):
         self.send(new, alone=old.attempt % 2 == 0)
 
     def apply(self):
-        self.deliver(self.scheduler.apply(self.group.drawn()))
+        self.deliver(self.group.apply())
         self.planned = False
+        self.admit()
+
+    @rule(place=st.integers(0, 9))
+    def fail(self, place):
+        """A step from one of whose rows nothing can be drawn."""
+        if not self.planned or not len(self.group.batch.sample_rows):
+            return
+        drawn = self.group.drawn()
+        failed = dataclasses.replace(drawn, failed_rows=(place % len(drawn.token_ids),))
+        self.deliver(self.group.merged(self.scheduler.apply(failed)))
+        self.planned = False
+        for request_id, attempt in self.scheduler.take_failed():
+            assert self.attempts.pop(request_id) == attempt
+            del self.emitted[request_id]
         self.admit()
 
     def deliver(self, events):
@@ -650,6 +684,88 @@ TestDecode = DecodeMachine.TestCase
 TestDecode.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+class Twins:
+    """The production scheduler and the plain one, each with a pool of its own: both are told the same and must do the same."""
+
+    def __init__(self, pool, **limits):
+        self.fast = DecodeScheduler(pool, **limits)
+        self.plain = PlainScheduler(BlockPool(pool.num_blocks, pool.block_size), **limits)
+        self.pools = pool, self.plain._pool
+        self.order = []  # of the plain one's drawn rows, among those of the other
+
+    def both(self, name, *args, **more):
+        fast, plain = (getattr(scheduler, name)(*args, **more) for scheduler in (self.fast, self.plain))
+        assert fast == plain, name
+        assert self.pools[0].counts() == self.pools[1].counts(), name
+        return fast
+
+    def __getattr__(self, name):
+        return functools.partial(self.both, name)
+
+    def add(self, request, **more):
+        refusals = []
+        for scheduler in (self.fast, self.plain):
+            try:
+                scheduler.add(request, **more)
+            except (ResourceExhausted, InvalidRequest) as error:
+                refusals.append(error)
+        if refusals:
+            assert str(refusals[0]) == str(refusals[1])
+            raise refusals[0]
+
+    def plan(self, blocked=frozenset()):
+        fast, plain = self.fast.plan(blocked), self.plain.plan(blocked)
+        assert sorted(rows_of(fast)) == sorted(rows_of(plain))
+        assert [new.tolist() for new in (fast.new_blocks, fast.new_generations)] == [
+            new.tolist() for new in (plain.new_blocks, plain.new_generations)
+        ]
+        places = {row: place for place, row in enumerate(row for row in rows_of(fast) if row[3])}
+        self.order = [places[row] for row in rows_of(plain) if row[3]]
+        return fast
+
+    def apply(self, sampled):
+        order = self.order
+        columns = (sampled.token_ids, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
+        failed = tuple(order.index(row) for row in sampled.failed_rows)
+        reordered = Sampled(*(column[order] for column in columns), failed_rows=failed)
+        applied, plain = self.fast.apply(sampled), list(self.plain.apply(reordered))
+        drawn = [TokenEvent(name, attempt, index, (token,)) for name, attempt, index, token in applied.drawn.rows()]
+        assert all(event.finish_reason or event.logprobs or event.cached_tokens is not None for event in applied.events)
+        assert sorted([*drawn, *applied.events], key=repr) == sorted(plain, key=repr)
+        assert self.pools[0].counts() == self.pools[1].counts()
+        return applied
+
+
+def rows_of(batch):
+    """What a batch computes and draws, sequence by sequence, as values that can be compared and sorted."""
+    draws, banned = iter(range(len(batch.sample_rows))), batch.banned_ids.tolist()
+    rows = []
+    for s in range(batch.num_sequences):
+        span = slice(*batch.query_starts[s : s + 2].tolist())
+        context = int(batch.context_lens[s])
+        assert batch.positions[span].tolist() == list(range(context - (span.stop - span.start), context))
+        sample = ()
+        if span.stop - 1 in batch.sample_rows:
+            i = next(draws)
+            columns = (batch.seeds, batch.output_indices, batch.temperatures, batch.top_ks, batch.top_ps, batch.min_ps, batch.num_logprobs)
+            sample = (*(column[i].item() for column in columns), *banned[slice(*batch.banned_starts[i : i + 2].tolist())])
+        table = batch.block_tables[s].tolist()
+        assert not any(table[blocks_for(context, SIZE) :]), "tables are padded with 0"
+        rows.append((tuple(batch.token_ids[span].tolist()), context, tuple(table[: blocks_for(context, SIZE)]), sample))
+    assert next(draws, None) is None
+    return rows
+
+
+class TwinMachine(DecodeMachine):
+    """The same, with a plain scheduler beside the other."""
+
+    kind = Twins
+
+
+TestTwins = TwinMachine.TestCase
+TestTwins.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+
+
 class Crowd:
     """More sequences than the pool can hold at once, sent again whenever they are suspended, until all have their answers.
 
@@ -694,7 +810,7 @@ class Crowd:
             old = self.group.requests[key]
             again = SequenceRequest(key[0], key[1] + 1, old.prompt_ids, old.sampling, tuple(self.emitted[key[0]]))
             self.coming.append((now + self.return_steps, again))
-        self.take(self.group.scheduler.apply(self.group.drawn()), now)
+        self.take(self.group.apply(), now)
         self.group.pool.check()
 
     def take(self, events, now):

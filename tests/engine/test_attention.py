@@ -1,6 +1,7 @@
-"""Attention over scattered blocks equals plain attention: however a context is cut up, either way through latents, in every dtype."""
+"""Attention over scattered blocks equals plain attention: however a context is cut up, either way through latents, in every dtype.
 
-from collections.abc import Sequence
+By torch alone, and by the kernels of every level that this processor has; test_native_attention.py has more of those.
+"""
 
 import pytest
 import torch
@@ -9,83 +10,57 @@ from hypothesis import strategies as st
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from baton.engine.batch import Batch, Row
-from baton.engine.devices import BlockAttention, LayerCache, open_device
+from baton.engine.devices import Device, native, open_device
+from baton.engine.devices.cpu import CpuDevice
 from baton.engine.devices.cpu_flash import attention
 from baton.engine.devices.cpu_latent import absorbed, expanded
 from baton.engine.devices.cpu_plan import LatentDims, segments
+from baton.engine.devices.native.build import library_path
+from tests.engine.over_blocks import (
+    DTYPES,
+    Lens,
+    assert_close,
+    batches,
+    latent_dims,
+    plain_attention,
+    plain_latent,
+    projections,
+    scattered,
+)
 
-DTYPES = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (2e-2, 2e-2), torch.float16: (3e-3, 3e-3)}  # relative and absolute error
 DEEPSEEK_V3 = LatentDims(latent=512, nope=128, rope=64, value=128)
-Lens = list[tuple[int, int]]
 
 
-@st.composite
-def batches(draw: st.DrawFn) -> tuple[int, Lens]:
-    """(block size, (cached tokens, new tokens) of each sequence)."""
-    lens = draw(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=4))
-    return draw(st.sampled_from([1, 3, 8])), lens
-
-
-def scattered(block_size: int, lens: Lens, of_sequences: Sequence[torch.Tensor]) -> tuple[BlockAttention, LayerCache]:
-    """A step over sequences [parts, tokens, heads, D] in blocks in any order, beside other layers' and unused slots full of NaN."""
-    num_parts, _, num_heads, dim = of_sequences[0].shape
-    counts = [-(-sum(pair) // block_size) for pair in lens]
-    free = torch.randperm(sum(counts) + 2).tolist()
-    shape = len(free), 3, num_parts, num_heads, block_size, dim
-    cache = LayerCache(torch.full(shape, torch.nan, dtype=of_sequences[0].dtype)[:, 1].unbind(1))
-    rows = [Row([0] * new, cached, [free.pop() for _ in range(count)]) for (cached, new), count in zip(lens, counts, strict=True)]
-    device = open_device("cpu")
-    for row, of_sequence in zip(rows, of_sequences, strict=True):
-        if row.start:
-            earlier = Batch.build([Row([0] * row.start, 0, row.block_ids)])
-            device.block_attention(earlier, cache).write(of_sequence[:, : row.start].unbind(), cache)
-    step = device.block_attention(Batch.build(rows), cache)
-    step.write(torch.cat([whole[:, row.start :] for row, whole in zip(rows, of_sequences, strict=True)], dim=1).unbind(), cache)
-    return step, cache
-
-
-def plain_attention(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-    """All scores at once, in float64: queries [n, heads, D], keys and values [c, KV heads, D] -> [n, heads, D]."""
-    keys, values = (part.double().repeat_interleave(queries.shape[1] // part.shape[1], dim=1) for part in (keys, values))
-    hidden = torch.ones(len(queries), len(keys), dtype=torch.bool).triu(len(keys) - len(queries) + 1)
-    scores = torch.einsum("qhd,khd->hqk", queries.double() * scale, keys).masked_fill(hidden, -torch.inf)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(queries.dtype)
-
-
-def plain_latent(queries: torch.Tensor, rows: torch.Tensor, key_up: torch.Tensor, value_up: torch.Tensor, scale: float) -> torch.Tensor:
-    """By the definition: rows [c, latent + rope], the rest as in BlockAttention.attend_latent -> [n, heads, value]."""
-    latents, rotated = rows.double().split([key_up.shape[2], rows.shape[1] - key_up.shape[2]], dim=1)
-    keys = torch.einsum("hpl,cl->chp", key_up.double(), latents)
-    keys = torch.cat((keys, rotated[:, None].expand(-1, len(key_up), -1)), dim=2)
-    values = torch.einsum("hvl,cl->chv", value_up.double(), latents)
-    return plain_attention(queries.double(), keys, values, scale).to(queries.dtype)
-
-
-def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
-    rtol, atol = DTYPES[want.dtype]
-    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+@pytest.fixture(scope="module", params=[None, *native.fitting()], ids=lambda level: level.name if level else "torch")
+def device(request: pytest.FixtureRequest) -> Device:
+    """Torch alone, then with the kernels of each level."""
+    if request.param is None:
+        return CpuDevice()
+    path = library_path(request.param)
+    if not path.exists():
+        pytest.skip(f"{path.name} was not built")
+    return CpuDevice(native.opened(path))
 
 
 @given(batches(), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.sampled_from(list(DTYPES)), st.integers(0, 1 << 16))
-def test_over_blocks(case: tuple[int, Lens], heads: tuple[int, int], dtype: torch.dtype, seed: int) -> None:
+def test_over_blocks(device: Device, case: tuple[int, Lens], heads: tuple[int, int], dtype: torch.dtype, seed: int) -> None:
     (block_size, lens), (num_heads, num_kv_heads) = case, heads
     torch.manual_seed(seed)
     kv = [torch.randn(2, sum(pair), num_kv_heads, 8).to(dtype) for pair in lens]
     queries = [torch.randn(new, num_heads, 8).to(dtype) for _, new in lens]
-    step, cache = scattered(block_size, lens, kv)
+    step, cache = scattered(device, block_size, lens, kv)
     want = [plain_attention(of_one, *pair, 0.3) for of_one, pair in zip(queries, kv, strict=True)]
     assert_close(step.attend(torch.cat(queries), cache, 0.3), torch.cat(want).flatten(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_contexts_longer_than_a_segment(dtype: torch.dtype) -> None:
+def test_of_contexts_longer_than_a_segment(device: Device, dtype: torch.dtype) -> None:
     """Chunks and single tokens together. 4 MiB of these keys and values are 512 tokens in float32, 1,024 in bfloat16."""
     torch.manual_seed(0)
     lens = [(2500, 1), (30, 1), (1100, 5), (0, 7), (600, 40)]
     kv = [torch.randn(2, sum(pair), 8, 128).to(dtype) for pair in lens]
     queries = [torch.randn(new, 16, 128).to(dtype) for _, new in lens]
-    step, cache = scattered(16, lens, kv)
+    step, cache = scattered(device, 16, lens, kv)
     want = [plain_attention(of_one, *pair, 128**-0.5) for of_one, pair in zip(queries, kv, strict=True)]
     assert_close(step.attend(torch.cat(queries), cache, 128**-0.5), torch.cat(want).flatten(1))
 
@@ -110,25 +85,16 @@ def test_segments_cover_a_context_once(cached: int, new: int, longest: int, bloc
     assert all(run.num_blocks(block_size) == len({token // block_size for token in range(run.start, run.stop)}) for run in cut)
 
 
-# As DeepSeek has it; a narrow latent; values wider than keys.
-latent_dims = st.sampled_from([LatentDims(24, 16, 8, 12), LatentDims(8, 16, 4, 16), LatentDims(16, 4, 4, 24)])
-
-
 @given(batches(), latent_dims, st.sampled_from(list(DTYPES)), st.integers(0, 1 << 16))
-def test_latent_over_blocks(case: tuple[int, Lens], dims: LatentDims, dtype: torch.dtype, seed: int) -> None:
+def test_latent_over_blocks(device: Device, case: tuple[int, Lens], dims: LatentDims, dtype: torch.dtype, seed: int) -> None:
     block_size, lens = case
     torch.manual_seed(seed)
     rows = [torch.randn(1, sum(pair), 1, dims.latent + dims.rope).to(dtype) for pair in lens]
     queries = [torch.randn(new, 4, dims.nope + dims.rope).to(dtype) for _, new in lens]
     up = projections(dims, 4, dtype)
-    step, cache = scattered(block_size, lens, rows)
+    step, cache = scattered(device, block_size, lens, rows)
     want = [plain_latent(of_one, held[0, :, 0], *up, 0.2) for of_one, held in zip(queries, rows, strict=True)]
     assert_close(step.attend_latent(torch.cat(queries), *up, cache, 0.2), torch.cat(want).flatten(1))
-
-
-def projections(dims: LatentDims, heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """key_up and value_up."""
-    return tuple((torch.randn(heads, width, dims.latent) * dims.latent**-0.5).to(dtype) for width in (dims.nope, dims.value))
 
 
 @given(st.integers(0, 40), st.integers(1, 12), st.integers(3, 50), latent_dims, st.sampled_from(list(DTYPES)), st.integers(0, 1 << 16))

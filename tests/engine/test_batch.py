@@ -41,6 +41,7 @@ def test_pack_and_unpack_are_inverse(rows, new_blocks):
         assert before.dtype == after.dtype
         assert before.shape == after.shape
         assert np.array_equal(before, after)
+        assert after.flags.writeable, "torch takes no others without a warning"
 
 
 @given(st.lists(ROWS, max_size=5), NEW_BLOCKS)
@@ -76,3 +77,13 @@ def test_an_empty_batch():
     batch = Batch.build([])
     assert batch.num_tokens == batch.num_sequences == len(batch.sample_rows) == 0
     assert Batch.unpack(batch.pack()).block_tables.shape == (0, 0)
+
+
+@given(st.lists(ROWS, max_size=4), st.lists(ROWS, max_size=4), NEW_BLOCKS, NEW_BLOCKS)
+def test_a_batch_followed_by_another_is_the_batch_of_both(rows, others, new_blocks, other_blocks):
+    whole = Batch.build([*rows, *others], [*new_blocks, *other_blocks])
+    joined = Batch.build(rows, new_blocks).followed_by(Batch.build(others, other_blocks))
+    for item in dataclasses.fields(Batch):
+        expected, array = getattr(whole, item.name), getattr(joined, item.name)
+        assert array.dtype == expected.dtype and array.shape == expected.shape
+        assert np.array_equal(array, expected), item.name

@@ -94,7 +94,7 @@ def test_what_is_not_finite_stays_so() -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 40), st.floats(-150, 120))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 40), st.floats(-150, 105))
 def test_a_round_trip_is_off_by_half_a_scale(seed: int, rows: int, columns: int, exponent: float) -> None:
     """Over the whole range of float32 where scales are normal, and rows of very different size beside each other."""
     draw = torch.Generator().manual_seed(seed)

@@ -282,9 +282,11 @@ LAYOUTS = {
 
 
 def play(placement: Placement, layout: Layout, cases: Sequence[Case], port: int) -> list[torch.Tensor]:
-    """What one rank makes of its group's tokens, case by case and turn by turn."""
+    """What one rank makes of its group's tokens, case by case and turn by turn, with weights in the device's form."""
     groups = Groups.connect(placement, "127.0.0.1", port, TIMEOUT_S)
     layers = [built(case, Setting(case.spec(), placement, groups, DEVICE)) for case in cases]
+    for layer in layers:
+        layer.prepare()
     outs = [moe(tokens(turn[placement.dp_rank], placement.dp_rank)) for moe in layers for turn in layout.turns]
     groups.close()
     return outs

@@ -134,7 +134,7 @@ def hugging_face(described: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cosines_of_real_models_up_to_131072(name: str, dtype: str) -> None:
     described, module = REAL[name]
-    cos, sin = rotary(spec_from_config(described, dtype))(POSITIONS)
+    cos, sin = rotary(spec_from_config(described, dtype))(POSITIONS, int(POSITIONS.max()))
     like = torch.empty(0, dtype=getattr(torch, dtype))
     theirs = module(hugging_face(described))(like, POSITIONS[None])
     half = cos.shape[-1]
@@ -144,9 +144,17 @@ def test_cosines_of_real_models_up_to_131072(name: str, dtype: str) -> None:
         torch.testing.assert_close(mine[:, 0], their[0, :, :half], rtol=0, atol=1e-6 if dtype == "float32" else 2**-8)
 
 
+def test_what_is_looked_up_is_what_is_computed() -> None:
+    angles = rotary(spec_from_config(CONFIGS["Qwen2.5-7B-Instruct"], "float32"))
+    positions = torch.tensor([0, 1, 4000, 17, 4000])
+    looked_up, computed = angles(positions, 4000), angles(torch.cat((positions, torch.tensor([100_000]))), 100_000)
+    for mine, their in zip(looked_up, computed, strict=True):
+        torch.testing.assert_close(mine, their[:-1], rtol=0, atol=1e-6)
+
+
 def test_cosines_of_deepseek_v2_up_to_131072() -> None:
     described = CONFIGS["DeepSeek-V2-Lite"]
-    cos, sin = rotary(spec_from_config(described, "float32"))(POSITIONS)
+    cos, sin = rotary(spec_from_config(described, "float32"))(POSITIONS, int(POSITIONS.max()))
     theirs = V2Rotary(hugging_face(described))(torch.empty(0), POSITIONS[None])
     torch.testing.assert_close(torch.complex(cos, sin)[:, 0], theirs[0], rtol=0, atol=1e-6)
 

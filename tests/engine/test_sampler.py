@@ -1,6 +1,7 @@
 """The sampler against a slow reference in plain Python, against chance, and against the company a row is in."""
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.engine.batch import Batch, Row, SampleRow
+from baton.engine.devices import open_device
+from baton.engine.devices.cpu import CpuDevice
 from baton.engine.sampler import sample, uniform
 
 MASK = 2**64 - 1
@@ -261,3 +264,31 @@ def test_nothing_to_sample():
     drawn = draw(torch.zeros(0, 5))
     assert drawn.token_ids.shape == drawn.logprobs.shape == (0,)
     assert drawn.top_ids.shape == drawn.top_logprobs.shape == (0, 0)
+
+
+@given(st.integers(0, 2**32), st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=6))
+def test_narrow_logits_are_drawn_from_as_if_they_were_wide(seed, kinds):
+    """Only some rows are widened, and a device may have found the largest ones: neither shows."""
+    logits = torch.randn(len(kinds), 50, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+    rows = [
+        how(seed=i, temperature=float(hot), banned_ids=(int(logits[i].argmax()), 99) if banned else (), num_logprobs=2 if asked else None)
+        for i, (hot, banned, asked) in enumerate(kinds)
+    ]
+    narrow = sample(logits, batch_of(*rows), open_device("cpu").argmax)
+    wide = draw(logits.float(), *rows)
+    assert narrow.failed_rows == wide.failed_rows == ()
+    for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
+        assert np.array_equal(vars_of(narrow)[name], vars_of(wide)[name]), name
+
+
+def vars_of(sampled):
+    return {field.name: getattr(sampled, field.name) for field in fields(sampled)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_that_fail_are_named_whatever_looked_for_the_largest(dtype):
+    logits = torch.zeros(6, 40, dtype=dtype)
+    logits[1, 3], logits[2, 39], logits[3], logits[4, 0] = torch.nan, torch.inf, -torch.inf, -torch.nan
+    rows = [*[how(temperature=0.0)] * 5, how(temperature=0.0, banned_ids=tuple(range(40)))]
+    found = [sample(logits, batch_of(*rows), argmax).failed_rows for argmax in (open_device("cpu").argmax, CpuDevice().argmax)]
+    assert found == [(1, 2, 3, 4, 5)] * 2

@@ -40,7 +40,7 @@ def test_one_that_was_overtaken_too_often_has_the_first_turn_and_holds_up_the_ot
 
     line.serve(start)
     assert asked == [0, 1, 2, 3, 4, 5], "three have overtaken the third"
-    assert line.first() == [2] and line.items() == [2, 6, 7, 8, 9]
+    assert list(line.first()) == [2] and list(line.items()) == [2, 6, 7, 8, 9]
     asked.clear()
     line.serve(start)
     assert asked == [2]

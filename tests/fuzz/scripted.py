@@ -12,7 +12,7 @@ import grpc
 
 from baton.rpc import bind
 
-STREAMS = ("/Generate", "/Control", "/Pull")
+STREAMS = ("/Generate", "/Control", "/Pulls")
 
 
 class Liar(grpc.GenericRpcHandler):

@@ -34,6 +34,7 @@ def hello(role: str) -> node_pb2.NodeEvent:
 WORDS: list[Message] = [
     node_pb2.NodeEvent(load=node_pb2.Load(beat=1)),
     node_pb2.NodeEvent(tokens=[node_pb2.TokenEvent(request_id="r", attempt=1, token_ids=[1])]),
+    node_pb2.NodeEvent(drawn=node_pb2.Drawn(request_ids=["r", "s"], attempts=[1, 2], output_indices=[0, 1], token_ids=[1, 2])),
     node_pb2.NodeEvent(accepted=[node_pb2.Accepted(request_id="r", attempt=1)], known=[node_pb2.Known(request_id="r", next_index=9)]),
     node_pb2.NodeEvent(errors=[node_pb2.SequenceError(request_id="r", attempt=1, code=99)], pulls=[node_pb2.PullReport(seconds=1.0)]),
     node_pb2.NodeEvent(flushed=[node_pb2.CacheFlushed(number=1, blocks=1)]),

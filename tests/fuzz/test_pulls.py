@@ -26,21 +26,24 @@ from tests.fuzz.hostile import PATIENCE_S, WRITTEN_TOO_LATE, effort, messages, n
 from tests.fuzz.scripted import Liar
 
 INCARNATION = b"i" * 16
-PULL = "/baton.v1.Transfer/Pull"
+PULLS = "/baton.v1.Transfer/Pulls"
 OPEN = transfer_pb2.PullRequest(
+    pull=1,
     open=transfer_pb2.PullOpen(
         lease=node_pb2.LeaseId(prefill_incarnation=INCARNATION, number=1), attempt=3, protocol_version=PROTOCOL_VERSION
-    )
+    ),
 )
-RELEASE = transfer_pb2.PullRequest(release=transfer_pb2.PullRelease(attempt=3))
-QUEUED = transfer_pb2.PullReply(queued=transfer_pb2.PullQueued())
+LEAVE = transfer_pb2.PullRequest(pull=1, leave=transfer_pb2.PullLeave())
+RELEASE = transfer_pb2.PullRequest(pull=1, release=transfer_pb2.PullRelease(attempt=3))
+QUEUED = transfer_pb2.PullReply(pull=1, queued=transfer_pb2.PullQueued())
 FINAL = inference_pb2.TokenLogprob(token_id=5, logprob=-1.0)
 ANNOUNCED = transfer_pb2.PullReply(
+    pull=1,
     announcement=transfer_pb2.Announcement(
         block_ids=[1, 2], generations=[10, 20], final=transfer_pb2.FinalToken(token_id=5, logprob=FINAL, finish_reason=1)
-    )
+    ),
 )
-RELEASED = transfer_pb2.PullReply(released=transfer_pb2.Released())
+RELEASED = transfer_pb2.PullReply(pull=1, released=transfer_pb2.Released())
 
 
 class Source:
@@ -91,19 +94,27 @@ async def liar() -> AsyncIterator[Liar]:
     await made.stop()
 
 
+def asked(*requests: transfer_pb2.PullRequest) -> transfer_pb2.PullRequests:
+    return transfer_pb2.PullRequests(requests=requests)
+
+
+def told(*replies: transfer_pb2.PullReply) -> transfer_pb2.PullReplies:
+    return transfer_pb2.PullReplies(replies=replies)
+
+
 def said_to_source() -> st.SearchStrategy[list[bytes]]:
     """What a puller says: the right words in any order, spoilt or overdone, or none of them."""
-    words = st.sampled_from([OPEN, RELEASE])
+    words = st.sampled_from([asked(OPEN), asked(RELEASE), asked(OPEN, RELEASE), asked(LEAVE)])
     spoilt = words.flatmap(lambda word: noise(word.SerializeToString()))
-    overdone = (words.flatmap(near) | messages(transfer_pb2.PullRequest)).map(lambda message: message.SerializeToString())
+    overdone = (words.flatmap(near) | messages(transfer_pb2.PullRequests)).map(lambda message: message.SerializeToString())
     right = words.map(lambda word: word.SerializeToString())
-    start = st.just([OPEN.SerializeToString()]) | st.just([])
+    start = st.just([asked(OPEN).SerializeToString()]) | st.just([])
     return st.builds(list.__add__, start, st.lists(right | spoilt | overdone, max_size=3))
 
 
 async def tell(channel: grpc.aio.Channel, lines: list[bytes]) -> BatonError | None:
     """How the source ends a stream on which this was said; None if it said its last word and closed."""
-    call = channel.stream_stream(PULL)()
+    call = channel.stream_stream(PULLS)()
     try:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # over already: reading says how
             for line in lines:
@@ -130,11 +141,13 @@ async def test_a_source_hears_anything_and_goes_on(source: Source, client: PullC
 
 
 def said_to_puller() -> st.SearchStrategy[list[bytes]]:
-    words = st.sampled_from([QUEUED, ANNOUNCED, RELEASED, transfer_pb2.PullReply(error=inference_pb2.ErrorDetail(cause="expired"))])
+    """A puller's line gives the numbers 1, 2, ...: what is said to others is late and heard by nobody."""
+    expired = transfer_pb2.PullReply(pull=1, error=inference_pb2.ErrorDetail(cause="expired"))
+    words = st.sampled_from([told(QUEUED), told(ANNOUNCED), told(QUEUED, ANNOUNCED), told(RELEASED), told(expired)])
     spoilt = words.flatmap(lambda word: noise(word.SerializeToString()))
-    overdone = (words.flatmap(near) | messages(transfer_pb2.PullReply)).map(lambda message: message.SerializeToString())
+    overdone = (words.flatmap(near) | messages(transfer_pb2.PullReplies)).map(lambda message: message.SerializeToString())
     right = words.map(lambda word: word.SerializeToString())
-    start = st.just([QUEUED.SerializeToString()]) | st.just([])
+    start = st.just([told(QUEUED).SerializeToString()]) | st.just([])
     return st.builds(list.__add__, start, st.lists(right | spoilt | overdone, max_size=4))
 
 

@@ -16,9 +16,10 @@ from baton.deadline import Deadline
 from baton.errors import Cancelled, DeadlineExceeded, Incompatible, InvalidRequest, LeaseLost, NodeLost
 from baton.request import FinishReason, TokenLogprob
 from baton.v1 import node_pb2, transfer_pb2, transfer_pb2_grpc
-from kv_transfer.client import Lines, Pull, PullClient, export_of, layout_of, surplus
+from kv_transfer.client import Pull, PullClient, export_of, layout_of
 from kv_transfer.layout import KVLayout
 from kv_transfer.lease import Announced, FinalToken, LeaseState
+from kv_transfer.line import Lines, surplus
 from kv_transfer.server import TransferService, export_message, layout_message
 from kv_transfer.transport import Export
 
@@ -89,6 +90,10 @@ async def client() -> AsyncIterator[PullClient]:
 
 def soon() -> Deadline:
     return Deadline.after(SOON)
+
+
+def said(*requests: transfer_pb2.PullRequest) -> transfer_pb2.PullRequests:
+    return transfer_pb2.PullRequests(requests=requests)
 
 
 def pull(
@@ -203,7 +208,7 @@ async def test_a_lease_does_not_expire_while_its_blocks_are_being_read(make: Cal
         until = Deadline.after(1.5)
         while not until.passed():
             await asyncio.sleep(0.05)  # a portion
-            await stream.progress()
+            stream.progress()
         await stream.release()
     await source.hears("ended", 1, LeaseState.RELEASED)
     await client.close()
@@ -282,8 +287,8 @@ async def test_another_incarnation_or_protocol_is_refused(source: Source, client
             raise AssertionError("entered")
     opening = transfer_pb2.PullOpen(attempt=1, protocol_version=99)
     async with rpc.open_channel(source.address) as channel:
-        call = transfer_pb2_grpc.TransferStub(channel).Pull(iter([transfer_pb2.PullRequest(open=opening)]))
-        assert [reply.error.cause async for reply in call] == ["incompatible"]
+        call = transfer_pb2_grpc.TransferStub(channel).Pulls(iter([said(transfer_pb2.PullRequest(pull=1, open=opening))]))
+        assert [reply.error.cause async for message in call for reply in message.replies] == ["incompatible"]
 
 
 async def test_a_puller_of_another_protocol_is_told_both_versions_and_does_not_try_again(source: Source) -> None:
@@ -301,20 +306,25 @@ async def test_a_puller_of_another_protocol_is_told_both_versions_and_does_not_t
 async def test_nonsense_on_the_stream_is_refused(make: Callable[..., Awaitable[Source]]) -> None:
     source = await make(handshake_s=0.1, drain_s=0.1)
     source.service.open(1, soon())
-    release = transfer_pb2.PullRequest(release=transfer_pb2.PullRelease(attempt=1))
-    opening = transfer_pb2.PullRequest(open=transfer_pb2.PullOpen(attempt=1, protocol_version=PROTOCOL_VERSION))
+    release = transfer_pb2.PullRequest(pull=1, release=transfer_pb2.PullRelease(attempt=1))
+    opening = transfer_pb2.PullRequest(pull=1, open=transfer_pb2.PullOpen(attempt=1, protocol_version=PROTOCOL_VERSION))
     opening.open.lease.prefill_incarnation, opening.open.lease.number = A, 1
     async with rpc.open_channel(source.address) as channel:
         stub = transfer_pb2_grpc.TransferStub(channel)
         for requests in ([release], [], [transfer_pb2.PullRequest()]):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await anext(aiter(stub.Pull(iter(requests))))
+                await anext(aiter(stub.Pulls(iter([said(*requests)]))))
             assert isinstance(rpc.to_error(caught.value), InvalidRequest)
-        silent = stub.Pull()
+        silent = stub.Pulls()
         assert await silent.code() is grpc.StatusCode.INVALID_ARGUMENT
-        for attempt, second in ((1, opening), (2, release), (3, transfer_pb2.PullRequest(release=transfer_pb2.PullRelease(attempt=3)))):
+        for attempt, second in (
+            (1, opening),
+            (2, release),
+            (3, transfer_pb2.PullRequest(pull=1, release=transfer_pb2.PullRelease(attempt=3))),
+        ):
             opening.open.attempt = attempt
-            replies = [reply.WhichOneof("reply") async for reply in stub.Pull(iter([opening, second]))]
+            call = stub.Pulls(iter([said(opening, second)]))
+            replies = [reply.WhichOneof("reply") async for message in call for reply in message.replies]
             assert replies == ["queued", "error"]
     assert ("ended", 1, LeaseState.RELEASED) not in source.told
 

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.deadline import Deadline
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, Incompatible, InvalidRequest, LeaseLost, NodeLost, Unavailable
 from kv_transfer.choose import Transport
+from kv_transfer.copying import SLICE_BYTES, move, move_by_python, sliced
 from kv_transfer.layout import KVLayout
-from kv_transfer.memory import SLICE_BYTES, move, sliced
 from kv_transfer.pool import Pool
 from kv_transfer.reader import Reader
 from kv_transfer.source import SourceRank
@@ -294,8 +294,9 @@ def test_a_closed_thread_refuses_reads_and_sources(pair: Callable[..., Pair], la
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_moves_of_any_pattern_equal_one_by_one(seed: int) -> None:
-    """Regular stretches are copied as strided arrays: same result as one memmove after the other."""
+@pytest.mark.parametrize("way", [move, move_by_python])
+def test_moves_of_any_pattern_equal_one_by_one(seed: int, way: Callable[[Spans, memoryview, memoryview], None]) -> None:
+    """The compiled loop, and Python's, which copies regular stretches as strided arrays: same result as one span after the other."""
     rng = np.random.default_rng(seed)
     source = rng.bytes(1 << 16)
     starts, targets, sizes, at = [], [], [], 0
@@ -310,8 +311,22 @@ def test_moves_of_any_pattern_equal_one_by_one(seed: int) -> None:
     target, wanted = bytearray(1 << 16), bytearray(1 << 16)
     for start, to, size in zip(starts, targets, sizes, strict=True):
         wanted[to : to + size] = source[start : start + size]
-    move(Spans(np.array(starts), np.array(targets), np.array(sizes)), memoryview(source), memoryview(target))
+    way(Spans(np.array(starts), np.array(targets), np.array(sizes)), memoryview(source), memoryview(target))
     assert target == wanted
+
+
+@given(st.lists(st.tuples(st.integers(1, 700_000), st.integers(0, 200)), min_size=1, max_size=6), st.integers(0, 200), st.integers(0, 70))
+@settings(max_examples=50)
+def test_large_moves_of_any_alignment_write_their_bytes_and_no_others(sizes: list[tuple[int, int]], start: int, shift: int) -> None:
+    """Above a megabyte in all, spans are written past the caches, in whole lines: their ends are not."""
+    gaps = np.cumsum([start, *(nbytes + gap for nbytes, gap in sizes)])
+    spans = Spans(gaps[:-1], gaps[:-1] + shift, np.array([nbytes for nbytes, _ in sizes], np.int64))
+    source = np.random.default_rng(len(sizes)).integers(1, 256, int(gaps[-1]), np.uint8)
+    target, wanted = (np.zeros(len(source) + shift, np.uint8) for _ in range(2))
+    for span in spans:
+        wanted[span.target_offset : span.target_offset + span.nbytes] = source[span.source_offset : span.source_offset + span.nbytes]
+    move(spans, memoryview(source), memoryview(target))
+    assert (target == wanted).all()
 
 
 @given(st.lists(st.tuples(st.integers(1, 3 * SLICE_BYTES), st.integers(0, 9)), max_size=8))

@@ -51,26 +51,30 @@ class Desktop:
 
 
 class Puller:
-    """One Pull stream, from the reader's side. `blocks`: what it was told that it may read."""
+    """One Pull on a stream of its own, from the reader's side. `blocks`: what it was told that it may read."""
 
     def __init__(self, leader: PrefillLeader, lease: int, attempt: int) -> None:
         self.lease, self.attempt = lease, attempt
         self.blocks: list[tuple[int, int]] = []
         self.complete = self.over = False
-        self._said: asyncio.Queue[transfer_pb2.PullRequest | None] = asyncio.Queue()
+        self._said: asyncio.Queue[transfer_pb2.PullRequests | None] = asyncio.Queue()
         named = node_pb2.LeaseId(prefill_incarnation=b"i" * 16, number=lease)
         self._say(open=transfer_pb2.PullOpen(lease=named, attempt=attempt, protocol_version=PROTOCOL_VERSION))
-        self.task = asyncio.create_task(leader.transfer.Pull(self._requests(), self))  # type: ignore[arg-type]
+        self.task = asyncio.create_task(leader.transfer.Pulls(self._requests(), self))  # type: ignore[arg-type]
 
     def _say(self, **what: object) -> None:
-        self._said.put_nowait(transfer_pb2.PullRequest(**what))
+        self._said.put_nowait(transfer_pb2.PullRequests(requests=[transfer_pb2.PullRequest(pull=1, **what)]))
 
-    async def _requests(self) -> AsyncIterator[transfer_pb2.PullRequest]:
+    async def _requests(self) -> AsyncIterator[transfer_pb2.PullRequests]:
         while (request := await self._said.get()) is not None:
             yield request
 
-    async def write(self, reply: transfer_pb2.PullReply) -> None:
+    async def write(self, message: transfer_pb2.PullReplies) -> None:
         """See grpc.aio.ServicerContext."""
+        for reply in message.replies:
+            self._hear(reply)
+
+    def _hear(self, reply: transfer_pb2.PullReply) -> None:
         announced = reply.announcement
         self.blocks += zip(announced.block_ids, announced.generations, strict=True)
         self.complete |= reply.HasField("announcement") and announced.HasField("final")
@@ -83,9 +87,13 @@ class Puller:
             self._say(release=transfer_pb2.PullRelease(attempt=self.attempt))
 
     def leave(self, *, politely: bool) -> None:
-        """Close the stream, or die."""
+        """Leave the pull and close the stream, or die."""
         self.blocks = []
-        self._said.put_nowait(None) if politely else self.task.cancel()
+        if politely:
+            self._say(leave=transfer_pb2.PullLeave())
+            self._said.put_nowait(None)
+        else:
+            self.task.cancel()
 
 
 class World:

@@ -61,6 +61,9 @@ class Group(node_pb2_grpc.PrefillNodeServicer):
     def apply(self, sampled: Sampled) -> None:
         """See Planner."""
 
+    def tell(self) -> None:
+        """See Planner."""
+
     def _take(self, session: Session, command: node_pb2.PrefillCommand) -> None:
         self.session = session
         match command.WhichOneof("command"):

@@ -6,7 +6,7 @@ import pytest
 
 from baton.deadline import Deadline
 from baton.errors import BatonError, Cancelled, DeadlineExceeded, InvalidRequest, NodeLost, ResourceExhausted, Unavailable
-from baton.request import FinishReason, Sampling, SequenceRequest, TokenEvent
+from baton.request import Drawn, FinishReason, Sampling, SequenceRequest, TokenEvent
 from ranks.desk import MAX_ROUTERS, MAX_TOMBSTONES, Desk
 from ranks.session import MAX_BACKLOG, MAX_UNREAD, Key, Session
 from tests.relay.inprocess import eventually
@@ -166,6 +166,22 @@ async def test_tokens_of_an_attempt_that_is_over_go_nowhere(role: Role) -> None:
     assert not len(router.outbox)
 
 
+async def test_drawn_tokens_go_to_the_router_of_each_attempt_that_is_still_here(role: Role) -> None:
+    one, other = role.router(b"1"), role.router(b"2")
+    role.asks(one, "a")
+    role.asks(other, "b", emitted=(5,))
+    role.asks(one, "c")
+    drawn = Drawn(["a", "b", "gone", "c", "a"], [1, 1, 1, 9, 2], [0, 1, 0, 0, 0], [6, 7, 8, 9, 10])
+    role.desk.deliver_drawn(drawn)
+    assert list(one.outbox.drawn.rows()) == [("a", 1, 0, 6)] and list(other.outbox.drawn.rows()) == [("b", 1, 1, 7)]
+    assert len(one.outbox) == one.outbox.num_tokens == 1
+    role.desk.flush()
+    role.desk.check(one, "a", 1)
+    role.desk.check(other, "b", 1)
+    assert (one.outbox.known, other.outbox.known) == ([("a", 1, 1)], [("b", 1, 2)])
+    assert len((await one.take(0.1)).drawn) == 1
+
+
 @pytest.mark.parametrize(
     ("request_", "why"),
     [(ask(prompt=(1, VOCAB)), "id 100 is beyond"), (ask(emitted=(VOCAB + 5,)), "id 105 is beyond"), (ask(attempt=0), "from 1")],
@@ -197,7 +213,8 @@ async def test_attempts_of_a_router_that_does_not_read_are_named(role: Role) -> 
     role.asks(slow, "a")
     role.asks(other, "b")
     assert role.desk.backlogged() == frozenset()
-    slow.outbox.tokens += [TokenEvent("a", 1, i, (7,)) for i in range(MAX_BACKLOG + 1)]
+    slow.outbox.tokens.append(TokenEvent("a", 1, 0, (7,)))
+    role.desk.deliver_drawn(Drawn(["a"] * MAX_BACKLOG, [1] * MAX_BACKLOG, list(range(1, MAX_BACKLOG + 1)), [7] * MAX_BACKLOG))
     assert role.desk.backlogged() == {("a", 1)}
 
 

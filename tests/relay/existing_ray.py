@@ -20,12 +20,11 @@ END_S = 60.0
 _PROGRAM = """if True:
     import sys
     from pathlib import Path
-    from cluster.local import start_private_ray
-    start_private_ray(Path(sys.argv[1]), int(sys.argv[2]))
-    import ray
-    print(ray.get_runtime_context().gcs_address, flush=True)
-    sys.stdin.read()
-    ray.shutdown()
+    from cluster.local import private_ray
+    with private_ray(Path(sys.argv[1]), int(sys.argv[2])):
+        import ray
+        print(ray.get_runtime_context().gcs_address, flush=True)
+        sys.stdin.read()
 """
 
 

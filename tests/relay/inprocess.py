@@ -20,7 +20,7 @@ from baton.engine.runner import StepOutcome
 from baton.request import Sampling, SequenceRequest, TokenEvent
 from baton.rpc import open_channel
 from baton.v1 import node_pb2, node_pb2_grpc
-from baton.wire import sequence_to_message, token_event_from_message
+from baton.wire import drawn_from_message, sequence_to_message, token_event_from_message
 from decode_node.node import DecodeNode
 from prefill_node.node import PrefillNode
 from ranks.host import RankHost
@@ -240,7 +240,11 @@ class Stream:
     def _heard(self, event: node_pb2.NodeEvent) -> None:
         if event.HasField("hello"):
             self.hello = event.hello
-        self.tokens += (token_event_from_message(token) for token in event.tokens)
+        said = [token_event_from_message(token) for token in event.tokens]
+        self.tokens += [token for token in said if token.finish_reason is None]
+        rows = drawn_from_message(event.drawn).rows()
+        self.tokens += (TokenEvent(name, attempt, index, (token_id,)) for name, attempt, index, token_id in rows)
+        self.tokens += [token for token in said if token.finish_reason is not None]
         self.accepted += ((item.request_id, item.attempt) for item in event.accepted)
         self.taken = max(self.taken, event.load.taken)
         self.known += ((item.request_id, item.attempt, item.next_index) for item in event.known)

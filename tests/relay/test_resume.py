@@ -16,7 +16,7 @@ from baton.config import BatonConfig, MembershipConfig
 from baton.request import Chunk, GenerateRequest, Prompt, SamplingAsked, TokenLogprob, Usage
 from baton.tokenizer import Tokenizer
 from router.dispatch import Dispatcher
-from router.registry import Group
+from router.group import Group
 from tests.relay.inprocess import InProcess, eventually
 from tests.router.echo_tokenizer import save_tokenizer
 from tests.tiny_models import make_tiny

@@ -7,7 +7,6 @@ the prompt `forever` never gets its third token, so its request lasts until some
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import replace
 
 from baton.detokenizer import Detokenizer, StopStrings
 from baton.errors import BatonError, NotFound
@@ -17,6 +16,7 @@ from baton.tokenizer import Tokenizer
 from router.admission import Limits, check_request
 from router.flush import Flushed
 from router.schema import ModelCard
+from router.sink import Sink
 
 MAX_MODEL_LEN = 512
 
@@ -37,7 +37,7 @@ class EchoEngine:
         """By the router's own rules, with the limits of this engine."""
         check_request(request, Limits(MAX_MODEL_LEN, self.tokenizer.vocab_size))
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Chunk, None]:
+    async def answer(self, request: GenerateRequest, sink: Sink) -> None:
         """Every choice repeats the prompt's ids, again and again, until max_tokens, a stop id or a stop string."""
         self.requests.append(request)
         self._changed.set()
@@ -45,7 +45,8 @@ class EchoEngine:
         try:
             async with aclosing(self._steps(request, self._prompt_ids(request))) as chunks:
                 async for chunk in chunks:
-                    yield chunk
+                    if not sink.put(chunk):
+                        await sink.room()
             outcome = "finished"
         except BatonError as error:
             outcome = error.cause
@@ -105,7 +106,7 @@ class EchoEngine:
             speaking = [voice for voice, chunk in zip(speaking, chunks, strict=True) if chunk.finish_reason is None]
             if not speaking:
                 usage = Usage(len(ids), sum(voice.count for voice in voices), cached_tokens=1)
-                chunks[-1] = replace(chunks[-1], usage=usage)
+                chunks[-1] = chunks[-1]._replace(usage=usage)
             for chunk in chunks:
                 yield chunk
             step += 1

@@ -18,10 +18,10 @@ import grpc
 
 from baton.config import PROTOCOL_VERSION
 from baton.errors import BatonError, Incompatible, NodeLost, Unavailable
-from baton.request import BlockCounts, SequenceRequest, TokenEvent, TokenLogprob
+from baton.request import BlockCounts, Drawn, SequenceRequest, TokenEvent, TokenLogprob
 from baton.rpc import abort, bind, make_server
 from baton.v1 import node_pb2, node_pb2_grpc
-from baton.wire import counts_to_message, error_to_message, sequence_from_message, token_event_to_message
+from baton.wire import counts_to_message, drawn_to_message, error_to_message, sequence_from_message, token_event_to_message
 
 Command = node_pb2.PrefillCommand | node_pb2.DecodeCommand
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -357,7 +357,15 @@ class Session:
         if self._node.faults.stutter:
             sequence.first = sequence.first or event
             said = [sequence.first, event, event]
-        self._unsaid.tokens.extend(token_event_to_message(item) for item in said)
+        for item in said:
+            self._put(item)
+
+    def _put(self, event: TokenEvent) -> None:
+        if event.logprobs or event.finish_reason is not None or event.cached_tokens is not None:
+            self._unsaid.tokens.append(token_event_to_message(event))
+        else:
+            drawn = Drawn([event.request_id], [event.attempt], [event.output_index], list(event.token_ids))
+            self._unsaid.drawn.MergeFrom(drawn_to_message(drawn))
 
 
 class PrefillService(node_pb2_grpc.PrefillNodeServicer):

@@ -40,6 +40,21 @@ def test_a_stop_string_is_found_wherever_deliveries_are_cut(tokenizer: Tokenizer
     assert choice.num_tokens == len(counted)
 
 
+@given(text=st.text(alphabet="ab€🙂", min_size=1, max_size=12), data=st.data())
+def test_without_stop_strings_text_is_the_tokens_however_deliveries_are_cut(tokenizer: Tokenizer, text: str, data: st.DataObject) -> None:
+    ids = tokenizer.encode(text)
+    choice = Choice(prepared(len(ids), echo=">"), 0, tokenizer)
+    chunks, at = [], 0
+    while at < len(ids):
+        size = data.draw(st.integers(1, min(2, len(ids) - at)))
+        chunks.append(choice.take(delivery(at, ids[at : at + size], FinishReason.LENGTH if at + size == len(ids) else None)))
+        at += size
+    answer = whole(chunks)
+    assert (answer.text, answer.token_ids, choice.num_tokens) == (">" + text, ids, len(ids))
+    assert tuple(item.token_id for item in answer.logprobs) == ids
+    assert [chunk.seed for chunk in chunks] == [7] + [None] * (len(chunks) - 1)
+
+
 def test_half_a_character_at_the_end_becomes_a_replacement(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a€")[:-1]
     choice = Choice(prepared(len(ids)), 0, tokenizer)

@@ -10,9 +10,9 @@ import pytest
 from baton.errors import BatonError, DeadlineExceeded, NodeLost, NotFound, Unavailable
 from baton.request import Sampling, SequenceRequest, TokenEvent
 from router.flush import Flushed
+from router.group import Group
 from router.heard import GroupLoad, Heard
 from router.nodes import MAX_QUEUED_COMMANDS
-from router.registry import Group
 from tests.router.conftest import MakeDispatcher
 from tests.router.echo_nodes import EchoNode
 from tests.router.test_dispatch import asked, collect, echo, nodes, text_of, until
@@ -46,6 +46,9 @@ class Witness:
 
     def on_tokens(self, group: Group, event: TokenEvent) -> None:
         self.told.append(("token", group.name, event.attempt, event.output_index))
+
+    def on_drawn(self, group: Group, attempt: int, output_index: int, token_id: int) -> None:
+        self.told.append(("drawn", group.name, attempt, output_index))
 
     def on_accepted(self, group: Group, attempt: int) -> None:
         self.told.append(("accepted", group.name, attempt))

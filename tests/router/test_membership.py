@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from baton.config import MembershipConfig
 from baton.errors import InternalError
+from router.group import Group, Role
 from router.heard import GroupLoad
 from router.membership import GROUP_LIFE, UP, GroupEvent, GroupState, NodeReport, judge, own_pause
-from router.registry import Group, Registry, Role
+from router.registry import Registry
 from tests.router.test_registry import hello
 
 TIMES = st.floats(0, 1e6, allow_nan=False)

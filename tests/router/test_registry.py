@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from baton.errors import Unavailable
 from baton.request import BlockCounts
 from router.compare import describe, refusal
+from router.group import Group, Pair, Role
 from router.heard import GroupLoad, Hello, Layout, PullReport
 from router.membership import GroupEvent, GroupState, NodeReport
-from router.registry import Group, Pair, Registry, Role
+from router.registry import Registry
 from router.service import pair_to_message
 from router.status import status_of
 

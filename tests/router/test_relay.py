@@ -25,8 +25,8 @@ from baton.errors import (
 from baton.request import Chunk, GenerateRequest, Prompt, Sampling, SamplingAsked, SequenceRequest
 from router.dispatch import Dispatcher
 from router.failures import MAX_BUGS
+from router.group import Group, Pair
 from router.life import Delivery, SequenceLife
-from router.registry import Group, Pair
 from router.relay import Relay
 from tests.router.conftest import MakeDispatcher
 from tests.router.echo_nodes import EchoNode

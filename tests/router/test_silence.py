@@ -10,8 +10,8 @@ import pytest
 from baton.deadline import now_s
 from baton.errors import NodeLost, Unavailable
 from router.dispatch import Dispatcher
+from router.group import Group, Pair
 from router.membership import GroupState
-from router.registry import Group, Pair
 from tests.router.conftest import MakeDispatcher
 from tests.router.echo_nodes import EchoNode
 from tests.router.test_dispatch import asked, collect, echo, nodes, text_of, until

@@ -271,7 +271,7 @@ async def test_a_client_that_does_not_read_is_cancelled(engine):
             body = json.dumps({"text": "x " * 100, "sampling_params": {"max_new_tokens": 10**6, "ignore_eos": True}, "stream": True})
             stuck.sendall(f"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
             await engine.until(num_requests=1, num_ended=1)
-    assert [how for _, how in engine.ended] == ["cancelled"]
+    assert [how for _, how in engine.ended] == ["slow_client"]
 
 
 async def test_a_body_that_does_not_arrive_is_given_up(engine):
@@ -385,7 +385,6 @@ async def test_without_a_socket(engine):
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         answer = (await http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 2})).json()
         assert answer["usage"]["completion_tokens"] == 2
-        assert (await events(http, "/v1/completions", {"prompt": "abc", "max_tokens": 2}))[-1] == "[DONE]"
 
 
 async def test_a_bug_answers_500_and_is_logged(engine, caplog):

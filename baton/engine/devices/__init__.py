@@ -22,18 +22,30 @@ from baton.errors import ConfigError
 DEVICES = ("cpu",)
 
 
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What a matrix was before a device packed it: shape [..., out, in], dtype, and whether it was packed as `gated`."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    gated: bool
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Matrix:
     """Weights of a linear map, [..., out, in].
 
     values: in the model's dtype, or int8. scales: [..., out] float32 where values are int8, whose meaning then is values * scales;
-    None otherwise. Indexing the leading axes (an expert, a run of rows) indexes both.
+    None otherwise. Indexing the leading axes (an expert, a run of rows) indexes both. packed: None, or what the matrix was before
+    `Device.prepare`: then only that device can read the values, and they cannot be indexed.
     """
 
     values: torch.Tensor
     scales: torch.Tensor | None = None
+    packed: Packed | None = None
 
     def __getitem__(self, index: int | slice) -> Matrix:
+        assert self.packed is None
         return Matrix(self.values[index], None if self.scales is None else self.scales[index])
 
     def __len__(self) -> int:
@@ -50,8 +62,50 @@ class LayerCache:
     parts: tuple[torch.Tensor, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadNorms:
+    """Root-mean-square norms of single heads: weights [D] of queries and of keys, in the model's dtype."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LatentNorm:
+    """The root-mean-square norm of a latent: weight [latent] in the model's dtype."""
+
+    weight: torch.Tensor
+    eps: float
+
+
 class BlockAttention(Protocol):
     """Attention of one step over blocks: prefill chunks and decode rows in one call. Made once per step, used by every layer."""
+
+    def enter(self, qkv: torch.Tensor, norms: HeadNorms | None, cos: torch.Tensor, sin: torch.Tensor, cache: LayerCache) -> torch.Tensor:
+        """Take apart a fused projection [T, (num_heads + 2 * num_kv_heads) * D] of queries, keys and values -> queries [T, num_heads, D].
+
+        Queries and keys are normalised if there are norms, then rotated as by Device.rotate (not interleaved); keys and values go
+        into the step's slots. cos, sin: [T, 1, D / 2].
+        """
+        ...
+
+    def enter_latent(
+        self,
+        queries: torch.Tensor,
+        compressed: torch.Tensor,
+        norm: LatentNorm,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        interleaved: bool,
+        cache: LayerCache,
+    ) -> torch.Tensor:
+        """Queries [T, num_heads, nope + rope] -> the same with their last `rope` rotated, and latents into the step's slots.
+
+        compressed: [T, latent + rope], the first of which are normalised, the others rotated as by Device.rotate. cos, sin:
+        [T, 1, rope / 2].
+        """
+        ...
 
     def write(self, parts: Sequence[torch.Tensor], cache: LayerCache) -> None:
         """Store what the step adds, each part [T, num_kv_heads, part_dim], into its slots."""
@@ -137,6 +191,13 @@ class Device(Protocol):
         """Rows of table [n, H] for ids [T] in first_id … first_id + n - 1, zeros for other ids -> [T, H]."""
         ...
 
+    def prepare(self, weight: Matrix, gated: bool = False) -> Matrix:
+        """The same weights in the form that this device multiplies fastest: called once, after loading, in place of the original.
+
+        gated: its outputs are a gate's, then as many of what it gates; it is for `gated_linear` and `experts` alone.
+        """
+        ...
+
     def linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [N, in] @ weight [out, in] transposed (+ bias [out]) -> [N, out], in x's dtype.
 
@@ -144,8 +205,16 @@ class Device(Protocol):
         """
         ...
 
+    def gated_linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """silu_mul(linear(x, weight, bias)), for weights [2 * width, in] that may have been prepared as gated -> [N, width]."""
+        ...
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root-mean-square norm over the last axis, computed in float32 (https://arxiv.org/abs/1910.07467)."""
+        ...
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, residual [N, H] -> (norm of their sum, their sum). residual is given up: the sum may lie in its memory."""
         ...
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
@@ -158,6 +227,13 @@ class Device(Protocol):
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up, for [N, 2 * width] holding gate beside up -> [N, width]."""
+        ...
+
+    def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The id of the largest of each row [N, V], of equal ones the lowest -> int64 [N], and whether there is one, bool [N].
+
+        There is none where the row holds a NaN or its largest is infinite; the id is then a valid one and means nothing.
+        """
         ...
 
     def route(self, logits: torch.Tensor, gate: GateSpec, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,7 +255,8 @@ class Device(Protocol):
 def open_device(name: str) -> Device:
     """The device of this name, initialised. Raises ConfigError, listing the known ones."""
     if name == "cpu":
+        from baton.engine.devices import native
         from baton.engine.devices.cpu import CpuDevice
 
-        return CpuDevice()
+        return CpuDevice(native.library())
     raise ConfigError(f"device {name!r} is not supported; supported are {', '.join(DEVICES)}")

@@ -1,7 +1,11 @@
-"""The cpu device in plain torch: the oracle that other devices are compared with. Exact in float32."""
+"""The cpu device: compiled kernels where this processor has them, plain torch where not.
+
+In plain torch it is the oracle that other devices, and the kernels, are compared with. Exact in float32.
+"""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import cast
@@ -10,18 +14,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.distributed.distributed_c10d import ProcessGroupGloo, Store
-from torch.nn import functional
 
 from baton.engine.batch import Batch
 from baton.engine.devices import Collectives, LayerCache, Matrix, cpu_linear, cpu_moe
 from baton.engine.devices.cpu_attention import CpuBlockAttention
+from baton.engine.devices.cpu_elementwise import Elementwise, TorchElementwise
+from baton.engine.devices.cpu_kernels import NativeElementwise
+from baton.engine.devices.cpu_native_attention import AttentionKernels
+from baton.engine.devices.cpu_packed import PackedProducts
 from baton.engine.spec import GateSpec
 
 _DTYPES = {"int8": torch.int8, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class CpuDevice:
-    """Implements baton.engine.devices.Device; see there for shapes."""
+    """Implements baton.engine.devices.Device; see there for shapes. kernels: those of baton.engine.devices.native, or torch alone."""
+
+    def __init__(self, kernels: ctypes.CDLL | None = None) -> None:
+        self._kernels = kernels
+        self._small: Elementwise = TorchElementwise() if kernels is None else NativeElementwise(kernels)
+        self._attention = None if kernels is None else AttentionKernels(kernels)
+        self._packed = None if kernels is None else PackedProducts(kernels)
 
     def set_num_threads(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
@@ -40,33 +53,46 @@ class CpuDevice:
         return cast(Collectives, ProcessGroupGloo(store, rank, size, options))
 
     def block_attention(self, batch: Batch, like: LayerCache) -> CpuBlockAttention:
-        return CpuBlockAttention(batch, like)
+        return CpuBlockAttention(batch, like, self._small, self._attention)
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor, first_id: int) -> torch.Tensor:
-        local = ids - first_id
-        mine = (local >= 0) & (local < len(table))
-        if bool(mine.all()):
-            return functional.embedding(local, table)
-        rows = torch.zeros((len(ids), table.shape[1]), dtype=table.dtype)
-        rows[mine] = table[local[mine]]
-        return rows
+        return self._small.embed(ids, table, first_id)
 
     def linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return cpu_linear.linear(x, weight, bias)
+        if weight.packed is None:
+            return cpu_linear.linear(x, weight, bias)
+        assert self._packed is not None and not weight.packed.gated
+        return self._packed.linear(x, weight, bias)
+
+    def gated_linear(self, x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight.packed is None or not weight.packed.gated:
+            return self.silu_mul(self.linear(x, weight, bias))
+        assert self._packed is not None
+        return self._packed.linear(x, weight, bias)
+
+    def prepare(self, weight: Matrix, gated: bool = False) -> Matrix:
+        return weight if self._packed is None else self._packed.pack(weight, gated)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.float()
-        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return self._small.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._small.add_rms_norm(x, residual, weight, eps)
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-        first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return self._small.rotate(x, cos, sin, interleaved)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return cpu_linear.silu_mul(gate_up)
+        return self._small.silu_mul(gate_up)
+
+    def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._small.argmax(logits)
 
     def route(self, logits: torch.Tensor, gate: GateSpec, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         return cpu_moe.route(logits, gate, bias)
 
     def experts(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, gate_up: Matrix, down: Matrix) -> torch.Tensor:
-        return cpu_moe.experts(x, weights, ids, gate_up, down)
+        if gate_up.packed is None:
+            return cpu_moe.experts(x, weights, ids, gate_up, down)
+        assert self._packed is not None
+        return self._packed.experts(x, weights, ids, gate_up, down)

@@ -15,17 +15,16 @@ _NO_SUM = 1e-20  # as in transformers: keeps a sum of sigmoids that are all 0 fr
 
 def route(logits: torch.Tensor, gate: GateSpec, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """See Device.route. Formulas: DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 2.1.2), in transformers' order of operations."""
-    scores = logits.float()
-    scores = scores.sigmoid() if gate.scoring == "sigmoid" else scores.softmax(dim=-1)
+    scores = logits.float().sigmoid() if gate.scoring == "sigmoid" else logits.softmax(dim=-1, dtype=torch.float32)
     wanted = scores if bias is None else scores + bias
     if gate.top_groups < gate.num_groups:
         wanted = _in_best_groups(wanted, gate)
     # Sorted or not as transformers does it, so that the sum below adds up in the same order.
-    ids = torch.topk(wanted, gate.top_k, dim=-1, sorted=gate.scoring == "softmax").indices
-    weights = scores.gather(1, ids)
+    best, ids = torch.topk(wanted, gate.top_k, dim=-1, sorted=gate.scoring == "softmax")
+    weights = best if bias is None else scores.gather(1, ids)
     if gate.normalize:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + _NO_SUM)
-    return weights * gate.scale, ids
+    return (weights if gate.scale == 1.0 else weights * gate.scale), ids
 
 
 def _in_best_groups(wanted: torch.Tensor, gate: GateSpec) -> torch.Tensor:

@@ -1,8 +1,32 @@
-"""How the cpu cuts up attention, as plain arithmetic: which runs of a context, and which way through latents. Pure; no tensors."""
+"""How the cpu cuts up attention, as plain arithmetic: which runs of a context, and which way through latents. Pure; no tensors.
+
+`segments` is for the torch path, cpu_units.py for the kernels.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
+
+from baton.engine.batch import Batch, Int32, Int64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contexts:
+    """Sequences that compute their last lens[i] tokens of context_lens[i], whose blocks are tables[i]; a part of a Batch."""
+
+    lens: Int32  # [S]
+    context_lens: Int32  # [S]
+    tables: Int32  # [S, M]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Contexts:
+        """All of a batch."""
+        return cls(np.diff(batch.query_starts), batch.context_lens, batch.block_tables)
+
+    def __getitem__(self, sequences: Int64) -> Contexts:
+        return Contexts(self.lens[sequences], self.context_lens[sequences], self.tables[sequences])
 
 
 @dataclass(frozen=True, slots=True)
