@@ -79,6 +79,15 @@ class DecodeConfig(Section):
         ge=16,
         description="prompt tokens computed in one step, when a decode node has to compute prompts itself because no prefill node is left",
     )
+    mixed_step_tokens: int = Field(
+        64, ge=1, description="prompt tokens computed in one step beside running sequences, whose next tokens wait for them"
+    )
+    max_prompt_tokens: int = Field(
+        512,
+        ge=0,
+        description="longest prompt that a decode node may compute itself while prefill nodes are behind, where the router reckons that "
+        "this saves more waiting than it costs; 0: never (it still does when no prefill node is left)",
+    )
     threads: int = Field(0, ge=0, description="cores that a rank has for itself; 0: those of the host divided among its ranks")
 
 
@@ -177,8 +186,8 @@ class BatonConfig(Section):
     )
     cpu_binding: Literal["auto", "none", "cores"] = Field(
         "auto",
-        description="cores: every thread that computes stays on one core, a rank's own or one lent to it, all others run anywhere (Linux); "
-        "none: threads run where the system puts them; auto: none",
+        description="cores: every thread that computes stays on one core, a rank's own or one lent to it, all others run anywhere; "
+        "none: threads run where the system puts them; auto: cores if lend_cores is on",
     )
     collective_timeout_s: float = Field(120.0, gt=0, description="seconds after which a collective that hangs makes its group unusable")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level of every process")
@@ -197,6 +206,13 @@ class BatonConfig(Section):
                 "set router.insecure: true if the network is trusted"
             )
         return self
+
+    @property
+    def binds_cores(self) -> bool:
+        """Whether threads that compute stay on their cores. By default where they may be lent some: the system often puts both threads
+        of a pair on the core that woke them, and one computes while the other waits.
+        """
+        return self.cpu_binding == "cores" or (self.cpu_binding == "auto" and self.lend_cores)
 
     @property
     def name(self) -> str:

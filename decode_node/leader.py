@@ -45,6 +45,7 @@ class DecodeLeader:
             max_waiting=config.decode.max_waiting,
             reserve_output_tokens=host.max_model_len if config.decode.overcommit == "none" else config.decode.reserve_output_tokens,
             max_step_tokens=config.decode.max_step_tokens,
+            mixed_step_tokens=config.decode.mixed_step_tokens,
             max_model_len=host.max_model_len,
         )
         self.client = PullClient(handshake_s=config.transfer.handshake_s, open_channel=open_channel)

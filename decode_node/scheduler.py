@@ -1,9 +1,9 @@
 """Which sequences a decode group takes in, computes next and suspends. Pure: plain values in, plans out.
 
 A sequence with a lease has its prompt blocks pulled: it holds its cached prefix and a promise of blocks by count, which are bound as
-its pull needs them. One without (no prefill node is left) computes its prompt here, in chunks, beside the rows of those that run (see
-rows.py: columns, so that a step costs a few operations on arrays). A running sequence is in every step, chunks share what
-max_step_tokens leaves to prompts (baton/engine/shares.py).
+its pull needs them. One without (no prefill node is left, or all are behind) computes its prompt here, in chunks, beside the rows of
+those that run (see rows.py: columns, so that a step costs a few operations on arrays). A running sequence is in every step, chunks
+share what a step has for prompts (baton/engine/shares.py).
 
 A sequence that outgrows its promise takes from the pool; when that is full, one is suspended, and the router sends it again, as a new
 attempt: first the youngest that is only ADMITTED, else the youngest that computes. **Somebody always gets on**: the oldest that
@@ -42,7 +42,8 @@ class DecodeScheduler:
     """Sequences of one decode group. State owner: the group leader's loop.
 
     One step at a time: `plan`, `take_suspended`, run the batch, `apply`. Between plan and apply everything else may be called.
-    reserve_output_tokens: blocks are reserved for so many at most. max_step_tokens: prompt tokens computed in one step.
+    reserve_output_tokens: blocks are reserved for so many at most. max_step_tokens: prompt tokens computed in one step;
+    mixed_step_tokens: in one that also has rows, which all wait for them.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class DecodeScheduler:
         max_waiting: int,
         reserve_output_tokens: int,
         max_step_tokens: int,
+        mixed_step_tokens: int,
         max_model_len: int,
         age_limit: int = AGE_LIMIT,
     ) -> None:
@@ -60,7 +62,7 @@ class DecodeScheduler:
         self._max_sequences = max_sequences
         self._max_waiting = max_waiting
         self._reserve_output_tokens = reserve_output_tokens
-        self._max_step_tokens = max_step_tokens
+        self._max_step_tokens, self._mixed_step_tokens = max_step_tokens, min(mixed_step_tokens, max_step_tokens)
         self._max_model_len = max_model_len
         self._num_arrived = 0
         self._line = WaitingLine[Entry](age_limit)
@@ -174,7 +176,7 @@ class DecodeScheduler:
     def _chunks(self, blocked: AbstractSet[Key]) -> Batch:
         """Parts of the prompts that are computed here, to go after the rows."""
         computing = [entry for _, entry in sorted(self._computing.items()) if entry.key not in blocked]
-        shares = Shares.of(self._max_step_tokens, computing)
+        shares = Shares.of(self._mixed_step_tokens if self._step.picked.count else self._max_step_tokens, computing)
         shares.serve(math.inf)
         plan = StepPlan(num_sampled=self._step.picked.count)
         for entry, count in shares.given:

@@ -16,9 +16,9 @@ from enum import Enum
 from pathlib import Path
 
 # For the environment of a rank, before torch is imported: how long an OpenMP thread that has computed looks for more before it sleeps, in
-# looks; some 0.2 ms. GNU's default is 300,000: it would keep a lent core from its owner for 5 ms after a step. With 0, each of a step's
-# hundreds of parallel loops would wake threads anew, at 30 us a time.
-SPIN = {"GOMP_SPINCOUNT": "10000"}
+# looks of some 50 ns: 0.2 ms, which is longer than from one parallel loop of a step to the next and shorter than from step to step. GNU's
+# default is 300,000: it would keep a lent core from its owner for 15 ms after a step. With 0, every loop would wake threads anew.
+SPIN = {"GOMP_SPINCOUNT": "4000"}
 # A rank that has work goes from one step to the next in less than this; if it does not, its cores are better used than kept waiting.
 PAUSE_MS = 50
 # A step that takes longer than this may be that of a process that has died in it.

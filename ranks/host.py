@@ -124,7 +124,7 @@ class RankHost:
             return
         if len(cores) != len(self._cores):
             set_threads(len(cores))
-        if self.plan.config.cpu_binding == "cores":
+        if self.plan.config.binds_cores:
             bind_threads(cores)
         self._cores = cores
 

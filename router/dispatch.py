@@ -34,6 +34,7 @@ from router.group import Role
 from router.membership import NodeReport
 from router.nodes import OpenChannel
 from router.notices import Notices
+from router.policy import Sharing
 from router.prepare import Preparer
 from router.prove import Prover
 from router.relay import no_nodes
@@ -79,7 +80,8 @@ class Dispatcher:
         open_channel: OpenChannel = open_channel,
     ) -> None:
         self.tokenizer = tokenizer
-        self.fleet = Fleet(RouterMetrics(), config.membership, chance=chance, open_channel=open_channel)
+        sharing = Sharing(config.decode.max_prompt_tokens, config.decode.mixed_step_tokens)
+        self.fleet = Fleet(RouterMetrics(), config.membership, sharing, chance=chance, open_channel=open_channel)
         self.num_received = 0
         self._inside_prefix = f"{self.fleet.incarnation.hex()[:8]}."
         self._config = config

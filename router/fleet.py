@@ -23,7 +23,7 @@ from router.heard import GroupLoad, Heard, Hello, PullReport
 from router.membership import GroupEvent, GroupState, judge, own_pause
 from router.nodes import NodeLink, OpenChannel
 from router.notices import Notice, Notices
-from router.policy import GroupView, choose
+from router.policy import GroupView, Sharing, choose
 from router.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class Fleet:
         self,
         metrics: RouterMetrics,
         membership: MembershipConfig,
+        sharing: Sharing,
         *,
         chance: random.Random | None = None,
         open_channel: OpenChannel = open_channel,
@@ -50,6 +51,7 @@ class Fleet:
         self._refusals = metrics.refusals("control", log)
         self.chance = chance or random.SystemRandom()
         self._membership = membership
+        self._sharing = sharing
         self._open_channel = open_channel
         self.incarnation = self.chance.randbytes(16)
         self._links: dict[str, NodeLink] = {}
@@ -150,7 +152,12 @@ class Fleet:
         groups = dict.fromkeys(group for pair in self.registry.pairs() if not pair.failing for group in pair.groups)
         names = {_label(group) for group in avoid}
         chosen = choose(
-            [view(group) for group in groups], tuple(pairs), prompt_len, avoid=names, prefill=_label(prefill) if prefill else None
+            [view(group) for group in groups],
+            tuple(pairs),
+            prompt_len,
+            avoid=names,
+            prefill=_label(prefill) if prefill else None,
+            sharing=self._sharing,
         )
         return chosen and pairs[chosen]
 
@@ -273,8 +280,8 @@ class Fleet:
     def _loaded(self, group: Group, load: GroupLoad, link: NodeLink) -> None:
         # Every step brings a load, so waiters are woken only by what they may wait for.
         before = group.state, group.idle
-        sent_sequences, sent_tokens = link.unread
-        self.registry.loaded(group, load, sent_sequences=sent_sequences, sent_tokens=sent_tokens)
+        sequences, tokens, prompt_tokens = link.unread
+        self.registry.loaded(group, load, sent_sequences=sequences, sent_tokens=tokens, sent_prompt_tokens=prompt_tokens)
         self._report(group)
         if before != (group.state, group.idle):
             self.notify()
@@ -355,6 +362,7 @@ def view(group: Group) -> GroupView:
         block_size=group.hello.layout.block_size if group.hello else 0,
         sent_sequences=group.sent_sequences,
         sent_tokens=group.sent_tokens,
+        sent_prompt_tokens=group.sent_prompt_tokens,
     )
 
 

@@ -27,7 +27,8 @@ class Role(enum.StrEnum):
 class Group:
     """One group. Made by `add`, ended by `remove`; between them only the registry changes it.
 
-    sent_sequences, sent_tokens: what was sent and the group has not taken yet, so that its load cannot include it.
+    sent_sequences, sent_tokens: what was sent and the group has not taken yet, so that its load cannot include it; sent_prompt_tokens:
+    of these tokens, those of prompts that a decode group is to compute itself.
     why: what it was lost, condemned or refused for, "" if it was not; until its next hello. held_by: another group of its node,
     which is silent or lost, "" if none is: ranks that step together wait for it, and a node is rebuilt as a unit anyway.
     """
@@ -39,6 +40,7 @@ class Group:
     load: GroupLoad = field(default_factory=GroupLoad)
     sent_sequences: int = 0
     sent_tokens: int = 0
+    sent_prompt_tokens: int = 0
     why: str = ""
     held_by: str = ""
     pulls: PullTotals = field(default_factory=PullTotals)

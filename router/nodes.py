@@ -53,23 +53,24 @@ class Listener(Protocol):
 class _Stream:
     """What belongs to one stream and ends with it: the commands not written yet, and what the node has not taken of those sent.
 
-    unread: (number of the command, its tokens) of every sequence sent; an entry ends when the node says that it has taken it.
+    unread: (number of the command, its tokens, those that are to be computed) of every sequence sent; an entry ends when the node says
+    that it has taken it.
     """
 
     def __init__(self) -> None:
         self.hello: node_pb2.NodeHello | None = None
         self.outbox: asyncio.Queue[Command] = asyncio.Queue(MAX_QUEUED_COMMANDS)
-        self.unread: deque[tuple[int, int]] = deque(maxlen=MAX_QUEUED_COMMANDS)
+        self.unread: deque[tuple[int, int, int]] = deque(maxlen=MAX_QUEUED_COMMANDS)
         self._num_put = 0
         self._end: NodeLost | None = None
         self._ended = asyncio.Event()
 
-    def put(self, command: Command, num_tokens: int = 0) -> None:
-        """Have a command written; num_tokens: of the sequence in it. Raises QueueFull."""
+    def put(self, command: Command, num_tokens: int = 0, num_computed: int = 0) -> None:
+        """Have a command written; num_tokens: of the sequence in it, num_computed: those that the node computes. Raises QueueFull."""
         self.outbox.put_nowait(command)
         self._num_put += 1
         if num_tokens:
-            self.unread.append((self._num_put, num_tokens))
+            self.unread.append((self._num_put, num_tokens, num_computed))
 
     def taken(self, load: node_pb2.Load) -> None:
         """The node said how far it has read; one that does not count is taken to have read all."""
@@ -136,10 +137,10 @@ class NodeLink:
         return self.introduction is not None
 
     @property
-    def unread(self) -> tuple[int, int]:
-        """Sequences sent that the node has not taken yet, and their tokens: its load does not include them."""
+    def unread(self) -> tuple[int, int, int]:
+        """Sequences sent that the node has not taken yet, their tokens, and those it computes: its load does not include them."""
         waiting = self._stream.unread if self._stream else ()
-        return len(waiting), sum(num_tokens for _, num_tokens in waiting)
+        return len(waiting), sum(num_tokens for _, num_tokens, _ in waiting), sum(num_computed for _, _, num_computed in waiting)
 
     def start(self) -> None:
         """Connect, and stay connected, in the background."""
@@ -165,7 +166,7 @@ class NodeLink:
     def prefill(self, sequence: SequenceRequest, lease_number: int, time_left_s: float) -> None:
         """Have a prefill node compute a sequence's prompt; lease 0: nobody will pull. Raises NodeLost."""
         request = node_pb2.PrefillRequest(sequence=sequence_to_message(sequence, time_left_s), lease_number=lease_number)
-        self._send(_num_tokens(sequence), prefill=request)
+        self._send(_num_tokens(sequence), _num_tokens(sequence), prefill=request)
 
     def accepted(self, lease_number: int) -> None:
         """Tell a prefill node that a decode group has reserved room for the reader of this lease. Raises NodeLost."""
@@ -186,7 +187,7 @@ class NodeLink:
             request.lease.prefill_incarnation, request.lease.number = hello.incarnation, lease_number
             request.transfer_address = hello.transfer_address
             request.exports.extend(hello.exports if introduce else ())
-        self._send(_num_tokens(sequence), decode=request)
+        self._send(_num_tokens(sequence), 0 if source else _num_tokens(sequence), decode=request)
 
     def check(self, request_id: str, attempt: int) -> None:
         """Ask whether an attempt that has been quiet is still there; the answer is a `known` or a failure. Raises NodeLost."""
@@ -206,11 +207,11 @@ class NodeLink:
         except NodeLost:
             self._owed[cancel.request_id] = cancel
 
-    def _send(self, num_tokens: int = 0, **command: object) -> None:
+    def _send(self, num_tokens: int = 0, num_computed: int = 0, **command: object) -> None:
         if self._stream is None or self._stream.hello is None:
             raise NodeLost(f"there is no stream to the {self.role} node at {self.address}", stage="router", node=self._name)
         try:
-            self._stream.put(self._command(**command), num_tokens)
+            self._stream.put(self._command(**command), num_tokens, num_computed)
         except asyncio.QueueFull:
             unread = NodeLost(f"{self._name} has left {MAX_QUEUED_COMMANDS} commands unread", stage="router", node=self._name)
             self._stream.end(unread)

@@ -75,11 +75,12 @@ class Told:
         """All of them as they are now, in the order they were told."""
         return tuple(self._attempts.items())
 
-    def tell(self, group: Group, attempt: int, num_tokens: int) -> None:
-        """The group is about to hear of an attempt with so many tokens."""
+    def tell(self, group: Group, attempt: int, num_tokens: int, *, computes: bool) -> None:
+        """The group is about to hear of an attempt with so many tokens, and computes its prompt or not."""
         self._attempts[group] = attempt
         group.sent_sequences += 1
         group.sent_tokens += num_tokens
+        group.sent_prompt_tokens += num_tokens if computes else 0
 
     def ended(self, group: Group, attempt: int) -> None:
         """The attempt is over there, as the group itself says."""

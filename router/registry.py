@@ -121,9 +121,10 @@ class Registry:
         if renewed:
             self._compare(group)
 
-    def loaded(self, group: Group, load: GroupLoad, *, sent_sequences: int = 0, sent_tokens: int = 0) -> None:
+    def loaded(self, group: Group, load: GroupLoad, *, sent_sequences: int = 0, sent_tokens: int = 0, sent_prompt_tokens: int = 0) -> None:
         """A group said its figures, and that it has not taken so much yet. One that drains by itself gets no new work meanwhile."""
-        group.load, group.sent_sequences, group.sent_tokens = load, sent_sequences, sent_tokens
+        group.load = load
+        group.sent_sequences, group.sent_tokens, group.sent_prompt_tokens = sent_sequences, sent_tokens, sent_prompt_tokens
         self.heard(group)
 
     def heard(self, group: Group) -> None:

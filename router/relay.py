@@ -249,7 +249,7 @@ class Relay:
         group = passage.pair.prefill
         assert group is not None, "a dispatch without prefill is for a decode group alone"
         try:
-            self._told.tell(group, dispatch.prefill.attempt, self._num_tokens())
+            self._told.tell(group, dispatch.prefill.attempt, self._num_tokens(), computes=True)
             self._fleet.link(group).prefill(dispatch.prefill, passage.lease, self._deadline.left_s())
         except NodeLost as error:
             self._settle(Failure(group, error))
@@ -258,7 +258,7 @@ class Relay:
         pair = passage.pair
         try:
             source = self._fleet.link(pair.prefill) if pair.prefill is not None else None
-            self._told.tell(pair.decode, sequence.attempt, self._num_tokens())
+            self._told.tell(pair.decode, sequence.attempt, self._num_tokens(), computes=source is None)
             # Until a pull has been through, nobody knows whether the group has kept the introduction: it may have dropped its request.
             introduce = not pair.proven
             self._fleet.link(pair.decode).decode(sequence, source, passage.lease, self._deadline.left_s(), introduce=introduce)

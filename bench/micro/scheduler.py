@@ -77,6 +77,7 @@ class _Group:
             max_waiting=waiting,
             reserve_output_tokens=MAX_TOKENS,
             max_step_tokens=512,
+            mixed_step_tokens=64,
             max_model_len=4096,
         )
         for number in range(size):

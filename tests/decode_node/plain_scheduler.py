@@ -62,6 +62,7 @@ class PlainScheduler:
         max_waiting: int,
         reserve_output_tokens: int,
         max_step_tokens: int,
+        mixed_step_tokens: int,
         max_model_len: int,
         age_limit: int = AGE_LIMIT,
     ) -> None:
@@ -70,6 +71,7 @@ class PlainScheduler:
         self._max_waiting = max_waiting
         self._reserve_output_tokens = reserve_output_tokens
         self._max_step_tokens = max_step_tokens
+        self._mixed_step_tokens = min(mixed_step_tokens, max_step_tokens)
         self._max_model_len = max_model_len
         self._num_arrived = 0
         self._line = WaitingLine[_Entry](age_limit)
@@ -165,7 +167,8 @@ class PlainScheduler:
             # Victims are younger or the entry itself: what was planned so far stays.
             if entry.stage is Stage.RUNNING and self._has_room(entry):
                 self._compute(step, entry, 1)
-        chunks = Shares.of(self._max_step_tokens, self._ready(Stage.COMPUTING, blocked))
+        budget = self._mixed_step_tokens if self._planned else self._max_step_tokens
+        chunks = Shares.of(budget, self._ready(Stage.COMPUTING, blocked))
         chunks.serve(math.inf)
         for entry, count in chunks.given:
             self._compute(step, entry, count)

@@ -51,7 +51,7 @@ class Group:
     def __init__(self, read_s: float = 30.0, handshake_s: float = 0.3, client: PullClient | None = None) -> None:
         self.pool = BlockPool(NUM_BLOCKS, 4)
         self.scheduler = DecodeScheduler(
-            self.pool, max_sequences=4, max_waiting=4, reserve_output_tokens=4, max_step_tokens=4, max_model_len=64
+            self.pool, max_sequences=4, max_waiting=4, reserve_output_tokens=4, max_step_tokens=4, mixed_step_tokens=4, max_model_len=64
         )
         self.reads = Reads()
         self.client = client or PullClient(handshake_s=handshake_s)

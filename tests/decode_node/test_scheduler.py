@@ -62,6 +62,7 @@ class Group:
             "max_waiting": 20,
             "reserve_output_tokens": 4,
             "max_step_tokens": 6,
+            "mixed_step_tokens": 99,
             "max_model_len": 64,
             **limits,
         }
@@ -402,6 +403,17 @@ def test_a_prompt_given_up_during_its_chunk_ends_with_the_step():
     assert group.scheduler.idle() and group.pool.counts().cached == 1
 
 
+def test_a_prompt_computed_here_goes_slower_beside_sequences_that_run():
+    group = Group(max_step_tokens=6, mixed_step_tokens=2)
+    group.add(ask("a", [1] * 6, max_tokens=9), alone=True)
+    group.scheduler.admit()
+    assert group.plan().num_tokens == 6, "nobody waits for it"
+    group.apply()
+    group.add(ask("b", [2] * 6), alone=True)
+    group.scheduler.admit()
+    assert group.plan().num_tokens == 1 + 2
+
+
 @pytest.mark.parametrize("max_step_tokens", [4, 8], ids=["second chunk", "only chunk"])
 def test_a_prompt_without_a_token_ends_and_leaves_nothing_in_the_tree(max_step_tokens):
     """Nobody looks at the numbers of a chunk that draws nothing: so what the earlier ones wrote is not to be trusted either."""
@@ -516,6 +528,7 @@ class DecodeMachine(RuleBasedStateMachine):
         max_sequences=st.integers(1, 4),
         reserve_output_tokens=st.sampled_from([1, 4, 100]),
         max_step_tokens=st.integers(1, 9),
+        mixed_step_tokens=st.integers(1, 9),
     )
     def make(self, num_blocks, **limits):
         self.group = Group(num_blocks, self.kind, age_limit=2, **limits)
@@ -829,6 +842,7 @@ class Crowd:
     return_steps=st.integers(1, 4),
     reserve_output_tokens=st.sampled_from([1, 4]),
     max_step_tokens=st.integers(1, 8),
+    mixed_step_tokens=st.integers(1, 8),
 )
 def test_however_full_the_pool_is_somebody_always_gets_on(num_blocks, lens, alone, pull_steps, return_steps, **limits):
     """Two sequences that suspend each other in turn would both wait for ever. Bounds: tokens of one answer and its pull, and a few turns

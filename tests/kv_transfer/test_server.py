@@ -251,7 +251,7 @@ async def test_a_puller_that_asks_and_does_not_listen_is_cut_off() -> None:
     """It takes in nothing, and asks on: so much is kept for it, and no more."""
     async with serving(max_pulls=2) as (source, stub):
         source.service.open(1, Deadline.after(60))
-        source.service.announce(1, 0, [(block, 2**40 + block) for block in range(600_000)], FINAL)  # more than connections hold
+        source.service.announce(1, 0, [(block, 2**40 + block) for block in range(2_000_000)], FINAL)  # more than connections hold
         call = stub.Pulls()
         await call.write(said(opening(1, pull=1)))
         await eventually(lambda: source.service.num_pulls == 1)

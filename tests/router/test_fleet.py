@@ -103,15 +103,15 @@ async def test_what_was_sent_counts_until_the_node_says_that_it_has_taken_it(mak
     fleet = (await make_dispatcher(prefill, decode)).fleet
     group = fleet.registry.pairs()[0].decode
     link = fleet.link(group)
-    await until(lambda: group.idle and link.unread == (0, 0), "the proof's end")
+    await until(lambda: group.idle and link.unread == (0, 0, 0), "the proof's end")
     link.decode(SequenceRequest("mine", 1, (1, 2, 3), Sampling(max_tokens=9), emitted_ids=(1,)), None, 0, 20.0)
     fleet.heard(link, Heard(load=GroupLoad()))
-    assert (group.sent_sequences, group.sent_tokens, group.idle) == (1, 4, False)
+    assert (group.sent_sequences, group.sent_tokens, group.sent_prompt_tokens, group.idle) == (1, 4, 4, False)
     await until(lambda: group.idle, "the node to have taken and ended it")
     assert decode.received[-1].request_id == "mine"
     decode.faults.unrefined = True
     link.decode(SequenceRequest("other", 1, (1, 2, 3), Sampling(max_tokens=9)), None, 0, 20.0)
-    await until(lambda: link.unread == (0, 0), "any word of a node that does not count")
+    await until(lambda: link.unread == (0, 0, 0), "any word of a node that does not count")
 
 
 async def test_two_nodes_of_one_name_both_get_work(make_dispatcher: MakeDispatcher) -> None:

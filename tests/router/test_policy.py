@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.policy import GroupView, choose
+from router.policy import GroupView, Sharing, choose
 
 
 def prefill(name, **more):
@@ -125,3 +125,34 @@ def test_where_the_blocks_are_is_kept(groups, prompt_len, source):
     takers = {view.name for view in groups if view.role == "decode" and view.open}
     there = any(view.name == source and view.role == "prefill" for view in groups)
     assert (choice is not None and choice[0] == source and choice[1] in takers) if there and takers else choice is None
+
+
+SHARING = Sharing(max_prompt_tokens=512, step_tokens=64)
+
+
+def shared(groups, prompt_len, sharing=SHARING):
+    return choose(groups, [("p0", "d0"), (None, "d0")], prompt_len, sharing=sharing)
+
+
+def test_a_short_prompt_is_computed_by_decode_when_prefill_is_far_behind_and_few_streams_are_held_up():
+    behind, ahead = prefill("p0", waiting_tokens=4000, waiting_sequences=8), prefill("p0")
+    few, many = decode("d0", usable_blocks=999, running_sequences=4), decode("d0", usable_blocks=999, running_sequences=200)
+    assert shared([behind, few], 500) == (None, "d0")
+    assert shared([ahead, few], 500) == ("p0", "d0"), "nobody waits"
+    assert shared([behind, many], 500) == ("p0", "d0"), "too many would wait for it"
+    assert shared([behind, few], 513) == ("p0", "d0"), "too long"
+    assert shared([behind, few], 500, Sharing()) == ("p0", "d0")
+    assert shared([behind, replace(few, usable_blocks=1)], 500) == ("p0", "d0"), "no room"
+    assert shared([behind, replace(few, sent_prompt_tokens=9000)], 500) == ("p0", "d0"), "decode is further behind"
+    assert shared([behind, replace(few, sent_tokens=9000)], 500) == (None, "d0"), "what it pulls it need not compute"
+    assert choose([behind, few], [("p0", "d0")], 500, sharing=SHARING) == ("p0", "d0"), "not proven"
+    assert choose([behind, few], [("p0", "d0"), (None, "d0")], 500, avoid=["d0"], sharing=SHARING) == ("p0", "d0")
+    assert choose([behind, few], [("p0", "d0"), (None, "d0")], 500, prefill="p0", sharing=SHARING) == ("p0", "d0")
+
+
+@given(st.integers(0, 9000), st.integers(0, 64), st.integers(0, 9000), st.integers(0, 256), st.integers(1, 512))
+def test_the_more_waits_at_prefill_the_rather_decode_computes(waiting_tokens, num_waiting, pending, num_running, prompt_len):
+    ours = decode("d0", usable_blocks=9999, running_sequences=num_running, waiting_tokens=pending)
+    less = shared([prefill("p0", waiting_tokens=waiting_tokens, waiting_sequences=num_waiting), ours], prompt_len)
+    more = shared([prefill("p0", waiting_tokens=waiting_tokens + 64, waiting_sequences=num_waiting + 1), ours], prompt_len)
+    assert less[0] == "p0" or more[0] is None
