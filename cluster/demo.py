@@ -75,6 +75,7 @@ def demo_config() -> BatonConfig:
             "prefill.tp": 2,
             "decode.dp": 2,
             "prefill.max_step_tokens": 256,
+            "decode.max_prompt_tokens": 0,  # every prompt goes the whole way: that is what is to be seen
             "router.http_port": 0,
             "router.grpc_port": 0,
             "log_level": "warning",

@@ -1,7 +1,7 @@
 """Who computes on which of a host's cores: each rank on its own, and for as long as others are idle on theirs as well.
 
 The ranks of one cluster on one host share a small file. Each says in it that it is in a step, between steps, or idle, and reads before
-every step what the others say. So a core that was lent comes back within one step of its borrower.
+every step, and between its layers, what the others say. So a core that was lent comes back within one layer of its borrower.
 Knows cores by number from 0, and pids. Does not know: torch, what a step is, or where the file lies.
 """
 
@@ -129,6 +129,10 @@ class Ledger:
     def enter(self) -> tuple[int, ...]:
         """Begin a step; the cores for it. Says so before it looks, so that of two that begin together one sees the other."""
         self._say(Doing.STEPPING)
+        return self.look()
+
+    def look(self) -> tuple[int, ...]:
+        """The cores that are this rank's now, in a step."""
         slots = [(slot, self.read(slot)) for slot in range(self._num_slots)]
         busy = [(slot, said.own) for slot, said in slots if said is not None and (slot == self._slot or is_busy(said, _alive))]
         return cores_now(self._cores, [own for _, own in busy], [slot for slot, _ in busy].index(self._slot))

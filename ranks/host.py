@@ -128,6 +128,14 @@ class RankHost:
             bind_threads(cores)
         self._cores = cores
 
+    def _give_back(self) -> None:
+        """In the middle of a step: what was borrowed, if its owner has work now."""
+        if self._ledger is None or len(self._cores) == self.plan.threads:
+            return
+        cores = self._ledger.look()
+        if len(cores) < len(self._cores):
+            self._use_cores(cores)
+
     def _join_ledger(self) -> Ledger | None:
         """Where cores are lent; None where nobody could lend any."""
         plan = self.plan
@@ -161,7 +169,7 @@ class RankHost:
         )
         self._closing.callback(groups.close)
         cache = KVCache(self.shape, self.num_blocks, self.pool.data, self.pool.generations)
-        rank = Rank(self.spec, self.placement, groups, config.model, cache)
+        rank = Rank(self.spec, self.placement, groups, config.model, cache, between_layers=self._give_back)
         rank.load(lambda done, total: self._note(LoadProgress("loading weights", done, total)))
         self.runner = Runner(rank, groups)
         self._note(LoadProgress("warming up"))

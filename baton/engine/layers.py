@@ -121,6 +121,7 @@ class Decoder:
         """The last hidden states, before the final norm. A rank with T = 0 takes part in the collectives of its domain."""
         hidden: Hidden = self._embedding.embed(step.token_ids), None
         for block, cache in zip(self._blocks, step.caches, strict=True):
+            step.between_layers()
             hidden = block(hidden, step, cache)
         return hidden
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +34,23 @@ class Rank:
     """
 
     def __init__(
-        self, spec: ModelSpec, placement: Placement, groups: Groups, model_dir: Path | str, kv: KVCache, device: str | Device = "cpu"
+        self,
+        spec: ModelSpec,
+        placement: Placement,
+        groups: Groups,
+        model_dir: Path | str,
+        kv: KVCache,
+        device: str | Device = "cpu",
+        between_layers: Callable[[], None] = lambda: None,
     ) -> None:
+        """between_layers: called before each layer of a forward, on the thread that computes; what it costs, every layer costs."""
         assert kv.shape == KVShape.of(spec, placement, kv.shape.block_size), kv.shape
         self.spec = spec
         self.placement = placement
         self.kv = kv
         self._device = open_device(device) if isinstance(device, str) else device
         self._model_dir = model_dir
+        self._between_layers = between_layers
         setting = Setting(spec, placement, groups, self._device)
         self._rotary = Rotary(setting)
         self._model = build_model(setting)
@@ -81,7 +91,7 @@ class Rank:
     def _step(self, batch: Batch) -> Step:
         cos, sin = self._rotary(self._device.tensor(batch.positions), int(batch.positions.max(initial=0)))
         attention = self._device.block_attention(batch, self.kv.layers[0])
-        return Step(self._device.tensor(batch.token_ids), cos, sin, attention, self.kv.layers)
+        return Step(self._device.tensor(batch.token_ids), cos, sin, attention, self.kv.layers, self._between_layers)
 
 
 def nothing_sampled() -> Sampled:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +35,14 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """What the layers share during one forward. token_ids: [T] int64; cos, sin: [T, 1, rope_dim / 2]; caches: one per layer."""
+    """What the layers share during one forward. token_ids: [T] int64; cos, sin: [T, 1, rope_dim / 2]; caches: one per layer.
+
+    between_layers: called before each layer, on the thread that computes.
+    """
 
     token_ids: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
     attention: BlockAttention
     caches: Sequence[LayerCache]
+    between_layers: Callable[[], None]

@@ -52,6 +52,7 @@ def oracle(model: Path) -> Oracle:
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[Engine]:
     settings = {"dtype": "float32", "block_size": BLOCK_SIZE, "kv_memory": PREFILL_BLOCKS * BLOCK_BYTES, "max_model_len": MAX_LEN}
+    settings["decode.max_prompt_tokens"] = 0
     shape = {"decode.dp": 2, "decode.tp": 2, "decode.reserve_output_tokens": MAX_LEN}
     with Engine(str(model), **settings, **shape) as engine:
         until(lambda: all(pair["usable"] for pair in engine.status()["pairs"]), "every pair is proven")

@@ -35,7 +35,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[Engine]:
     shape = {"prefill.tp": 2, "decode.dp": 2, "transfer.transport": "tcp"}
-    settings = {"dtype": "float32", "kv_memory": "16MiB", "max_model_len": 1024, "prefill.max_step_tokens": 32}
+    settings = {
+        "dtype": "float32",
+        "kv_memory": "16MiB",
+        "max_model_len": 1024,
+        "prefill.max_step_tokens": 32,
+        "decode.max_prompt_tokens": 0,
+    }
     with Engine(str(model), **settings, **shape) as engine:
         yield engine
 

@@ -168,7 +168,14 @@ def marked(cell: Cell) -> object:
 @pytest.mark.parametrize("cell", [marked(cell) for cell in (*WHOLE, *EXTRA, *MORE_EXTRA)])
 def test_every_layout_equals_transformers(cell: Cell, model_of: Callable[[str], Model], ray_address: str) -> None:
     model = model_of(cell.arch)
-    settings = {"dtype": "float32", "block_size": BLOCK_SIZE, "kv_memory": "32MiB", "max_model_len": 1024, "prefill.max_step_tokens": CHUNK}
+    settings = {
+        "dtype": "float32",
+        "block_size": BLOCK_SIZE,
+        "kv_memory": "32MiB",
+        "max_model_len": 1024,
+        "prefill.max_step_tokens": CHUNK,
+        "decode.max_prompt_tokens": 0,
+    }
     with Engine(str(model.path), {**settings, **cell.layout, "ray.address": ray_address}) as engine:
         running = Running(engine, model, cell)
         check_cache_states(running)

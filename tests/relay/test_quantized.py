@@ -33,7 +33,14 @@ def ray_address() -> Iterator[str]:
 
 def answers(model: Path, ray_address: str, **settings: object) -> list[Tokens]:
     """What a cluster makes of ASKS, all at the same time: tokens with their logprobs. It leaves no block behind."""
-    small = {"dtype": "float32", "kv_memory": "32MiB", "max_model_len": 512, "prefill.max_step_tokens": 32, "ray.address": ray_address}
+    small = {
+        "dtype": "float32",
+        "kv_memory": "32MiB",
+        "max_model_len": 512,
+        "prefill.max_step_tokens": 32,
+        "decode.max_prompt_tokens": 0,
+        "ray.address": ray_address,
+    }
     sampling = [{"temperature": 0.0, "ignore_eos": True, "max_tokens": ask.num_tokens, "logprobs": 0} for ask in ASKS]
     with Engine(str(model), **small, **settings) as engine:
         said = engine.generate([list(ask.prompt) for ask in ASKS], sampling)
