@@ -52,7 +52,7 @@ class PromptEvent(enum.Enum):
     END = "over"  # released, expired, cancelled or failed
 
 
-PROMPT_LIFE = Lifecycle(
+PROMPT_LIFE = Lifecycle[Stage, PromptEvent](
     "prompt",
     Stage.WAITING,
     {

@@ -145,6 +145,15 @@ def test_an_idle_core_is_lent_and_comes_back_at_the_next_step(path: Path, other:
     assert mine.enter() == ALL
 
 
+def test_a_lent_core_comes_back_in_the_middle_of_a_step(path: Path, other: Other) -> None:
+    ledger = Ledger(path, slot=0, num_slots=3, first=0, num=1, cores=4)
+    assert ledger.enter() == ledger.look() == ALL
+    assert other.told("enter") == "1 3"
+    assert ledger.look() == MINE
+    other.told("idle")
+    assert ledger.look() == ALL
+
+
 def test_between_two_steps_cores_are_kept_for_a_moment(path: Path, other: Other) -> None:
     mine = ledger(path)
     other.told("enter")
