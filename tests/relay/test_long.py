@@ -39,6 +39,7 @@ ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+POOL_BYTES = 80 * 2**20
 HEAD_BYTES = 2 * 2 * 16 * 4  # of one token and KV head: layers, K and V, dim, bytes
 # What a process may need beside the prompt's KV. The scores of one head and one chunk alone would be 800 MB in one piece.
 MAX_GROWTH_BYTES = 48 * 2**20
@@ -56,8 +57,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Iterator[Engine]:
-    """Prefill tp=2 with one head each; chunks of 2048 tokens, which is the default."""
-    settings = {"dtype": "float32", "block_size": BLOCK_SIZE, "kv_memory": "80MiB", "prefill": {"tp": 2, "max_step_tokens": 2048}}
+    """Prefill tp=2 with one head each; chunks of 2048 tokens."""
+    settings = {"dtype": "float32", "block_size": BLOCK_SIZE, "kv_memory": POOL_BYTES, "prefill": {"tp": 2, "max_step_tokens": 2048}}
     with Engine(str(model), settings) as engine:
         yield engine
 
@@ -85,8 +86,10 @@ def peaks(engine: Engine) -> dict[str, int]:
 
 
 def kv_bytes(name: str) -> int:
-    """The prompt's KV in a process: on prefill its heads, on decode all heads once as its own and once as mapped from prefill."""
-    return NUM_TOKENS * HEAD_BYTES * {"router": 0, "prefill": 1, "decode": 4}[name.split("-")[0]]
+    """The prompt's KV in a process: on prefill its heads; on decode all heads as its own, and the pools of both prefill ranks, which are
+    mapped as a whole, ahead of what is read there."""
+    of_prompt = NUM_TOKENS * HEAD_BYTES
+    return {"router": 0, "prefill": of_prompt, "decode": 2 * of_prompt + 2 * POOL_BYTES}[name.split("-")[0]]
 
 
 def serve_others(engine: Engine, long: Future[list[int]]) -> None:

@@ -49,7 +49,7 @@ def find() -> Found:
         except OSError as error:
             missing = str(error)
             continue
-        log.info("the cpu is used through %s kernels", level.name)
+        log.debug("the cpu is used through %s kernels", level.name)
         return Found(found, f"{level.name} kernels")
     log.warning("the cpu is used through torch alone, which is slower: %s", missing)
     return Found(None, f"torch alone: {missing}")
