@@ -54,7 +54,7 @@ class PrefillConfig(Section):
     moe: Literal["experts", "tensor"] = Field(
         "experts", description="how tp ranks share experts: experts (each holds some of them whole) or tensor (each holds a slice of all)"
     )
-    max_step_tokens: int = Field(512, ge=16, description="tokens computed in one step: the size of a prompt's chunks")
+    max_step_tokens: int = Field(256, ge=16, description="tokens computed in one step: the size of a prompt's chunks")
     max_sequences: int = Field(64, ge=1, description="prompts computed at the same time")
     max_waiting: int = Field(1024, ge=0, description="prompts that may wait on one node; more are refused")
     max_unaccepted: int = Field(4, ge=0, description="prompts that may start before a decode group has reserved room for them")
