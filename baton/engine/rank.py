@@ -17,7 +17,7 @@ from baton.engine.models import build_model
 from baton.engine.parallel import Groups
 from baton.engine.placement import Placement
 from baton.engine.rotary import Rotary
-from baton.engine.sampler import sample
+from baton.engine.sampler import Picks, sample
 from baton.engine.setting import Setting, Step
 from baton.engine.spec import ModelSpec
 
@@ -68,7 +68,7 @@ class Rank:
         All ranks of a group must pass the same batch, all ranks of a coupled domain must call at the same step. Raises NodeLost.
         """
         logits = self._logits(batch)
-        return nothing_sampled() if logits is None else sample(logits, batch, self._device.argmax)
+        return nothing_sampled() if logits is None else sample(logits, batch, Picks(self._device.argmax, self._device.draw))
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor | None:

@@ -13,14 +13,15 @@ row, so no row's result depends on the others. N: sampled rows, V: vocabulary, R
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from baton.engine.batch import Batch, Float32, Int64, Sampled, UInt64
 
-Argmax = Callable[[Tensor], tuple[Tensor, Tensor]]
 UNIFORM_BITS = 24  # as many as an fp32 in [0, 1) holds exactly
 # Enough, mostly, to find where top_p cuts; if not, the whole row is sorted.
 FIRST_CANDIDATES = 1024
@@ -34,11 +35,25 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return ids, torch.isfinite(logits.gather(1, ids.unsqueeze(1))).squeeze(1)
 
 
-def sample(logits: Tensor, batch: Batch, argmax: Argmax = argmax) -> Sampled:
+def draw(logits: Tensor, top_ids: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
+    """Device.draw, in plain torch."""
+    wide = logits.float()
+    return _inverse_cdf(torch.softmax(_tempered(wide, top_ids, temperatures), dim=-1), uniforms)
+
+
+@dataclass(frozen=True, slots=True)
+class Picks:
+    """How ids are picked from rows of logits: by a device's operations, or by these here."""
+
+    argmax: Callable[[Tensor], tuple[Tensor, Tensor]] = argmax
+    draw: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = draw
+
+
+def sample(logits: Tensor, batch: Batch, picks: Picks = Picks()) -> Sampled:
     """Draw one token per row.
 
-    logits: [N, V], unmodified; left as they are. In fp32, or narrower: then rows that take more than the largest are widened, and
-    nothing else is. batch: its N sampling rows. argmax: the device's. Returns arrays of length N in host memory.
+    logits: [N, V], unmodified; left as they are. In fp32, or narrower: then rows are widened if they are cut or their logprobs asked
+    for. batch: its N sampling rows. picks: the device's. Returns arrays of length N in host memory.
     A row from which nothing can be drawn is named in failed_rows and disturbs no other.
     """
     num_rows = logits.shape[0]
@@ -46,7 +61,7 @@ def sample(logits: Tensor, batch: Batch, argmax: Argmax = argmax) -> Sampled:
     logprobs, top_ids, top_logprobs = np.zeros(num_rows, np.float32), *_no_top(num_rows, int(batch.num_logprobs.max(initial=0)))
     if num_rows == 0:
         return Sampled(np.zeros(0, np.int64), logprobs, top_ids, top_logprobs)
-    token_ids, failed_rows = _draw(logits, batch, argmax)
+    token_ids, failed_rows = _picked(logits, batch, picks)
     asked = np.flatnonzero(batch.num_logprobs >= 0)
     if len(asked):
         rows = torch.from_numpy(asked).to(logits.device)
@@ -77,20 +92,46 @@ def _no_top(num_rows: int, num_columns: int) -> tuple[Int64, Float32]:
     return np.zeros((num_rows, num_columns), np.int64), np.zeros((num_rows, num_columns), np.float32)
 
 
-def _draw(logits: Tensor, batch: Batch, argmax: Argmax) -> tuple[Tensor, Int64]:
+def _picked(logits: Tensor, batch: Batch, picks: Picks) -> tuple[Tensor, Int64]:
     """[N] token ids, and the rows that have none. Greedy rows: the largest logit, the lowest id of equal ones."""
-    token_ids, finite = argmax(logits)
-    if len(limited := np.flatnonzero(np.diff(batch.banned_starts))):
-        rows = torch.from_numpy(limited).to(logits.device)
-        token_ids[rows], finite[rows] = argmax(_allowed(logits, batch, limited))
+    token_ids, finite = picks.argmax(logits)
+    limited = np.diff(batch.banned_starts) > 0
+    if limited.any():
+        rows = torch.from_numpy(np.flatnonzero(limited)).to(logits.device)
+        token_ids[rows], finite[rows] = picks.argmax(_allowed(logits, batch, np.flatnonzero(limited)))
     drawable = finite.cpu().numpy()
-    hot = np.flatnonzero(drawable & (batch.temperatures > 0))
-    if len(hot):
-        rows = torch.from_numpy(hot).to(logits.device)
-        allowed = _allowed(logits, batch, hot)
-        weights = _weights(allowed - allowed.gather(1, token_ids[rows].unsqueeze(1)), batch, hot)
-        token_ids[rows] = _inverse_cdf(weights, uniform(batch.seeds[hot], batch.output_indices[hot]))
+    hot = drawable & (batch.temperatures > 0)
+    cut = limited | _is_cut(batch, logits.shape[1])
+    for chosen, pick in ((np.flatnonzero(hot & ~cut), _drawn), (np.flatnonzero(hot & cut), _drawn_of_some)):
+        if len(chosen):
+            rows = torch.from_numpy(chosen).to(logits.device)
+            token_ids[rows] = pick(logits, batch, chosen, token_ids[rows], picks)
     return token_ids, np.flatnonzero(~drawable)
+
+
+def _is_cut(batch: Batch, vocab: int) -> NDArray[np.bool_]:
+    """[N] whether a row draws from some of its ids only, apart from those that are banned."""
+    return ((batch.top_ks > 0) & (batch.top_ks < vocab)) | (batch.top_ps < 1) | (batch.min_ps > 0)
+
+
+def _drawn(logits: Tensor, batch: Batch, hot: Int64, top_ids: Tensor, picks: Picks) -> Tensor:
+    """[R] ids, out of all."""
+    rows = logits if len(hot) == len(logits) else logits[torch.from_numpy(hot).to(logits.device)]
+    return picks.draw(rows, top_ids, _temperatures(logits, batch, hot), _uniforms(logits, batch, hot))
+
+
+def _drawn_of_some(logits: Tensor, batch: Batch, hot: Int64, top_ids: Tensor, picks: Picks) -> Tensor:
+    """[R] ids, out of those that are neither banned nor cut off."""
+    probs = torch.softmax(_tempered(_allowed(logits, batch, hot), top_ids, _temperatures(logits, batch, hot)), dim=-1)
+    return _inverse_cdf(_kept_weights(probs, batch, hot), _uniforms(logits, batch, hot))
+
+
+def _temperatures(logits: Tensor, batch: Batch, hot: Int64) -> Tensor:
+    return torch.from_numpy(batch.temperatures[hot]).to(logits.device)
+
+
+def _uniforms(logits: Tensor, batch: Batch, hot: Int64) -> Tensor:
+    return torch.from_numpy(uniform(batch.seeds[hot], batch.output_indices[hot])).to(logits.device)
 
 
 def _allowed(logits: Tensor, batch: Batch, rows: Int64) -> Tensor:
@@ -113,22 +154,22 @@ def _widened(logits: Tensor, rows: Int64) -> Tensor:
     return logits[torch.from_numpy(rows).to(logits.device)].float()
 
 
-def _weights(logits: Tensor, batch: Batch, hot: Int64) -> Tensor:
-    """[R, V] probabilities after temperature, 0 where masked; not renormalised. logits: 0 is a row's largest.
+def _tempered(logits: Tensor, top_ids: Tensor, temperatures: Tensor) -> Tensor:
+    """logits [R, V] fp32, relative to each row's largest, over its temperature: so a tiny one cannot overflow."""
+    return (logits - logits.gather(1, top_ids.unsqueeze(1))) / temperatures.unsqueeze(1)
 
-    So a tiny temperature cannot overflow.
-    """
-    temperatures = torch.from_numpy(batch.temperatures[hot]).to(logits.device).unsqueeze(1)
-    probs = torch.softmax(logits / temperatures, dim=-1)
+
+def _kept_weights(probs: Tensor, batch: Batch, hot: Int64) -> Tensor:
+    """probs [R, V] with 0 where masked; not renormalised."""
     vocab = probs.shape[1]
     top_ks = np.where((batch.top_ks[hot] <= 0) | (batch.top_ks[hot] > vocab), vocab, batch.top_ks[hot]).astype(np.int64)
     cut = np.flatnonzero((top_ks < vocab) | (batch.top_ps[hot] < 1))
     if len(cut):
-        rows = torch.from_numpy(cut).to(logits.device)
-        bounds = (torch.from_numpy(top_ks[cut]).to(logits.device), torch.from_numpy(batch.top_ps[hot[cut]]).to(logits.device))
+        rows = torch.from_numpy(cut).to(probs.device)
+        bounds = (torch.from_numpy(top_ks[cut]).to(probs.device), torch.from_numpy(batch.top_ps[hot[cut]]).to(probs.device))
         probs[rows] = _cut(probs[rows], *bounds)
     if np.any(batch.min_ps[hot] > 0):
-        floors = torch.from_numpy(batch.min_ps[hot]).to(logits.device).unsqueeze(1) * probs.amax(dim=-1, keepdim=True)
+        floors = torch.from_numpy(batch.min_ps[hot]).to(probs.device).unsqueeze(1) * probs.amax(dim=-1, keepdim=True)
         probs = probs.where(probs >= floors, 0)
     return probs
 
@@ -172,12 +213,12 @@ def _num_kept(largest: Tensor, vocab: int, top_ks: Tensor, top_ps: Tensor) -> Te
     return kept.sum(dim=1).clamp(min=1)
 
 
-def _inverse_cdf(weights: Tensor, u: Float32) -> Tensor:
-    """[R] the first id whose cumulative weight exceeds u times the row's sum; never one of weight 0."""
+def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """[R] the first id whose cumulative weight exceeds uniforms [R] times the row's sum; never one of weight 0."""
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    target = torch.from_numpy(u).to(weights.device).unsqueeze(1) * total
-    # u < 1, but its product with the sum may round up to the sum.
+    target = uniforms.unsqueeze(1) * total
+    # Uniforms are below 1, but their product with the sum may round up to the sum.
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True).squeeze(1)
 

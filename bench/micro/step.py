@@ -34,7 +34,7 @@ _KINDS = {
     **dict.fromkeys(("route", "experts"), "experts"),
     **dict.fromkeys(("attend", "attend_latent"), "attention"),
     **dict.fromkeys(("rms_norm", "add_rms_norm", "rotate", "silu_mul", "embed", "enter", "write"), "elementwise"),
-    "argmax": "argmax",
+    **dict.fromkeys(("argmax", "draw"), "sampling"),
     "block_attention": "attention's plan",
 }
 _GREEDY = SampleRow(0, 0, 0.0, 0, 1.0, 0.0)

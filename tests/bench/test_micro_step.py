@@ -11,6 +11,6 @@ from tests.tiny_models import make_tiny
 def test_kinds_add_up(tmp_path, arch, kinds):
     found = {row.what: row for row in rows(Limits(), make_tiny(arch, tmp_path / arch), "float32", (2,))}
     whole = found.pop("2 rows: whole step")
-    assert kinds | {"attention", "matrix products", "argmax", "attention's plan"} <= {what.removeprefix("2 rows: ") for what in found}
+    assert kinds | {"attention", "matrix products", "sampling", "attention's plan"} <= {what.removeprefix("2 rows: ") for what in found}
     assert sum(row.value for row in found.values()) == pytest.approx(whole.value)
     assert all(row.limit == whole.value for row in found.values())

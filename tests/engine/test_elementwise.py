@@ -205,18 +205,47 @@ def test_a_nan_with_its_sign_set_is_seen(kernels):
     assert logits[0].isnan().tolist() == [False, True, False] and not kernels.argmax(logits)[1]
 
 
+@given(
+    *(SEEDS, DTYPES, st.integers(1, 6), st.sampled_from([1, 2, 15, 511, 512, 513, 2000]), st.sampled_from([1e-30, 0.3, 1.0, 7.0])),
+    st.sampled_from([0.0, 0.25, 0.7, 1 - 2.0**-24]),
+)
+def test_draws(kernels, seed, dtype, rows, width, temperature, u):
+    """Against sums in float64: what is drawn has a weight, and the sums before and behind it lie on either side of u, but for rounding."""
+    logits = (5 * noise(seed, dtype, rows, width + 1))[:, :width]
+    logits[:, ::3] = -torch.inf
+    logits[:, width // 2] = 9.0
+    top_ids = PLAIN.argmax(logits)[0]
+    ids = kernels.draw(logits, top_ids, torch.full((rows,), temperature), torch.full((rows,), u))
+    largest = logits.double().gather(1, top_ids.unsqueeze(1))
+    weights = ((logits.double() - largest) / torch.tensor(temperature).double()).exp()
+    drawn, until = weights.gather(1, ids.unsqueeze(1)), weights.cumsum(1)
+    behind, total = until.gather(1, ids.unsqueeze(1)), until[:, -1:]
+    assert (drawn > 0).all()
+    assert (behind > (u - 1e-6) * total).all() and (behind - drawn <= (u + 1e-6) * total).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_draws_are_those_of_torch(kernels, dtype):
+    """All but those that lie as near to the edge as float32 rounds."""
+    logits, u = noise(0, dtype, 500, 5000), torch.arange(500) / 500
+    top_ids, temperatures = PLAIN.argmax(logits)[0], torch.full((500,), 0.8)
+    ids, wanted = (small.draw(logits, top_ids, temperatures, u) for small in (kernels, PLAIN))
+    assert int((ids != wanted).sum()) <= 2
+
+
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_do_not_depend_on_their_company(kernels, dtype):
     """Enough of them for several threads, beside one at a time."""
     x, residual, weight = noise(0, dtype, 300, 512), noise(1, dtype, 300, 512), noise(2, dtype, 512)
-    cos, sin = noise(3, dtype, 300, 1, 32), noise(4, dtype, 300, 1, 32)
+    cos, sin, top_ids = noise(3, dtype, 300, 1, 32), noise(4, dtype, 300, 1, 32), PLAIN.argmax(x)[0]
     operations: list[Callable[[slice], torch.Tensor]] = [
         lambda rows: kernels.rms_norm(x[rows], weight, 1e-6),
         lambda rows: torch.cat(kernels.add_rms_norm(x[rows], residual[rows].clone(), weight, 1e-6), dim=1),
         lambda rows: kernels.silu_mul(x[rows]),
         lambda rows: kernels.rotate(x.view(300, 8, 64)[rows], cos[rows], sin[rows]),
         lambda rows: kernels.argmax(x[rows])[0],
+        lambda rows: kernels.draw(x[rows], top_ids[rows], torch.ones(300)[rows], (torch.arange(300) / 300)[rows]),
     ]
     for operation in operations:
         alone = torch.cat([operation(slice(row, row + 1)) for row in range(300)])
@@ -228,6 +257,8 @@ def test_other_dtypes_stay_with_torch(kernels):
     assert torch.equal(kernels.rms_norm(x, weight, 1e-6), PLAIN.rms_norm(x, weight, 1e-6))
     assert torch.equal(kernels.silu_mul(x), PLAIN.silu_mul(x))
     assert torch.equal(kernels.argmax(x)[0], PLAIN.argmax(x)[0])
+    hot = PLAIN.argmax(x)[0], torch.ones(3), torch.full((3,), 0.5)
+    assert torch.equal(kernels.draw(x, *hot), PLAIN.draw(x, *hot))
     assert all(map(torch.equal, kernels.add_rms_norm(x, x, weight, 1e-6), PLAIN.add_rms_norm(x, x, weight, 1e-6)))
 
 

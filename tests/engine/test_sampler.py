@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from baton.engine.batch import Batch, Row, SampleRow
 from baton.engine.devices import open_device
 from baton.engine.devices.cpu import CpuDevice
-from baton.engine.sampler import sample, uniform
+from baton.engine.sampler import Picks, sample, uniform
 
 MASK = 2**64 - 1
 
@@ -34,7 +34,11 @@ def batch_of(*rows):
 
 
 def draw(logits, *rows):
-    return sample(torch.as_tensor(logits, dtype=torch.float32), batch_of(*rows))
+    return sample(torch.as_tensor(logits, dtype=torch.float32), batch_of(*rows), picks_of(open_device("cpu")))
+
+
+def picks_of(device):
+    return Picks(device.argmax, device.draw)
 
 
 def splitmix64(state):
@@ -97,10 +101,10 @@ ROWS = st.builds(
 LOGITS = st.lists(st.integers(-4, 4).map(lambda value: value / 2), min_size=12, max_size=12)
 
 
-@given(st.lists(st.tuples(LOGITS, ROWS), min_size=1, max_size=6))
-@settings(max_examples=150)
-def test_equals_the_slow_reference(cases):
-    drawn = draw([logits for logits, _ in cases], *(row for _, row in cases))
+@given(st.lists(st.tuples(LOGITS, ROWS), min_size=1, max_size=6), st.sampled_from([open_device("cpu"), CpuDevice()]))
+@settings(max_examples=300)
+def test_equals_the_slow_reference(cases, device):
+    drawn = sample(torch.tensor([logits for logits, _ in cases]), batch_of(*(row for _, row in cases)), picks_of(device))
     for (logits, row), token_id in zip(cases, drawn.token_ids, strict=True):
         expected = slow_draw(logits, row)
         assert expected is None or token_id == expected
@@ -274,7 +278,7 @@ def test_narrow_logits_are_drawn_from_as_if_they_were_wide(seed, kinds):
         how(seed=i, temperature=float(hot), banned_ids=(int(logits[i].argmax()), 99) if banned else (), num_logprobs=2 if asked else None)
         for i, (hot, banned, asked) in enumerate(kinds)
     ]
-    narrow = sample(logits, batch_of(*rows), open_device("cpu").argmax)
+    narrow = sample(logits, batch_of(*rows), picks_of(open_device("cpu")))
     wide = draw(logits.float(), *rows)
     assert narrow.failed_rows == wide.failed_rows == ()
     for name in ("token_ids", "logprobs", "top_ids", "top_logprobs"):
@@ -290,5 +294,5 @@ def test_rows_that_fail_are_named_whatever_looked_for_the_largest(dtype):
     logits = torch.zeros(6, 40, dtype=dtype)
     logits[1, 3], logits[2, 39], logits[3], logits[4, 0] = torch.nan, torch.inf, -torch.inf, -torch.nan
     rows = [*[how(temperature=0.0)] * 5, how(temperature=0.0, banned_ids=tuple(range(40)))]
-    found = [sample(logits, batch_of(*rows), argmax).failed_rows for argmax in (open_device("cpu").argmax, CpuDevice().argmax)]
+    found = [sample(logits, batch_of(*rows), picks_of(device)).failed_rows for device in (open_device("cpu"), CpuDevice())]
     assert found == [(1, 2, 3, 4, 5)] * 2

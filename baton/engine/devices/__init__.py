@@ -236,6 +236,14 @@ class Device(Protocol):
         """
         ...
 
+    def draw(self, logits: torch.Tensor, top_ids: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        """An id of each row [N, V] by the probabilities softmax(logits / temperature) -> int64 [N].
+
+        It is the first whose cumulative probability exceeds the row's uniform, and never one of probability 0. top_ids [N]: what argmax
+        found. temperatures, uniforms: [N] float32, above 0, and in [0, 1) in multiples of 2**-24.
+        """
+        ...
+
     def route(self, logits: torch.Tensor, gate: GateSpec, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """The experts of each token by `gate` from logits [T, num_experts] -> weights [T, top_k] float32, ids [T, top_k] int64.
 

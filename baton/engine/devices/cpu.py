@@ -88,6 +88,9 @@ class CpuDevice:
     def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._small.argmax(logits)
 
+    def draw(self, logits: torch.Tensor, top_ids: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        return self._small.draw(logits, top_ids, temperatures, uniforms)
+
     def route(self, logits: torch.Tensor, gate: GateSpec, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         return cpu_moe.route(logits, gate, bias)
 

@@ -32,6 +32,8 @@ class Elementwise(Protocol):
 
     def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
+    def draw(self, logits: torch.Tensor, top_ids: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor: ...
+
     def enter(
         self, qkv: torch.Tensor, norms: HeadNorms | None, cos: torch.Tensor, sin: torch.Tensor, slots: Slots, cache: LayerCache
     ) -> torch.Tensor: ...
@@ -79,6 +81,9 @@ class TorchElementwise:
 
     def argmax(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return sampler.argmax(logits)
+
+    def draw(self, logits: torch.Tensor, top_ids: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        return sampler.draw(logits, top_ids, temperatures, uniforms)
 
     def enter(
         self, qkv: torch.Tensor, norms: HeadNorms | None, cos: torch.Tensor, sin: torch.Tensor, slots: Slots, cache: LayerCache

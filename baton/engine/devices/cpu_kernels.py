@@ -15,6 +15,8 @@ from baton.engine.devices.cpu_elementwise import TorchElementwise
 from baton.engine.devices.cpu_slots import Slots
 from baton.engine.devices.native import kernel
 
+_DRAW_PART = 512  # PART of native/sampling_of.h
+
 
 class NativeElementwise:
     """Implements Elementwise: bfloat16 and float32 by kernels, what they do not take by torch."""
@@ -28,6 +30,7 @@ class NativeElementwise:
         self._silu_mul = kernel(kernels, "silu_mul", (c_void_p, c_int64, c_int64, c_void_p))
         self._embed = kernel(kernels, "embed", (c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_void_p))
         self._argmax = kernel(kernels, "argmax", (c_void_p, *[c_int64] * 3, *pointers[:2]))
+        self._draw = kernel(kernels, "draw", (c_void_p, *[c_int64] * 3, *pointers[:5]))
         latent = (c_void_p, *[c_int64] * 3, *pointers[:2], c_float, *pointers[:2], c_int64, *pointers[:3])
         self._enter_latent = kernel(kernels, "enter_latent", latent)
         self._enter = kernel(kernels, "enter", (c_void_p, c_int64, *pointers[:3], c_float, *pointers[:5]))
@@ -80,6 +83,16 @@ class NativeElementwise:
         ids, finite = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits), dtype=torch.bool)
         run(logits.data_ptr(), logits.stride(0), *logits.shape, ids.data_ptr(), finite.data_ptr())
         return ids, finite
+
+    def draw(self, logits: torch.Tensor, top_ids: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        run = self._draw.get(logits.dtype)
+        if run is None or logits.stride(1) != 1:
+            return self._plain.draw(logits, top_ids, temperatures, uniforms)
+        num_rows, vocab = logits.shape
+        ids, sums = torch.empty_like(top_ids), torch.empty(num_rows, -(-vocab // _DRAW_PART))
+        given = (tensor.data_ptr() for tensor in (top_ids, temperatures, uniforms, sums, ids))
+        run(logits.data_ptr(), logits.stride(0), num_rows, vocab, *given)
+        return ids
 
     def enter(
         self, qkv: torch.Tensor, norms: HeadNorms | None, cos: torch.Tensor, sin: torch.Tensor, slots: Slots, cache: LayerCache
