@@ -9,7 +9,7 @@ import torch
 from baton.engine.devices import HeadNorms, LayerCache
 from baton.engine.norm import RMSNorm
 from baton.engine.projections import ColumnParallel, Part, RowParallel, columns_of
-from baton.engine.setting import Setting, Step
+from baton.engine.setting import Setting, Step, Wanted
 from baton.engine.weights import Piece
 
 
@@ -28,10 +28,12 @@ class Attention:
         self._norms = (RMSNorm(setting, spec.head_dim), RMSNorm(setting, spec.head_dim)) if spec.qk_norm else None
         self._head_norms = HeadNorms(self._norms[0].weight, self._norms[1].weight, spec.norm_eps) if self._norms else None
 
-    def __call__(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
-        """x [T, H] -> [T, H]; writes the step's keys and values into the cache first."""
-        queries = step.attention.enter(self._qkv(x), self._head_norms, step.cos, step.sin, cache)
-        return self._out(step.attention.attend(queries, cache, self._scale))
+    def __call__(self, x: torch.Tensor, step: Step, cache: LayerCache, wanted: Wanted | None = None) -> torch.Tensor:
+        """x [T, H] -> [T, H], or of the wanted rows [N, H]; writes the step's keys and values into the cache first."""
+        queries, attention = step.attention.enter(self._qkv(x), self._head_norms, step.cos, step.sin, cache), step.attention
+        if wanted is not None:
+            queries, attention = queries[wanted.rows], wanted.attention
+        return self._out(attention.attend(queries, cache, self._scale))
 
     def prepare(self) -> None:
         """Once, after loading."""

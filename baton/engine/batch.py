@@ -7,7 +7,7 @@ A batch packs into one int64 vector, so that a leader can broadcast it to its fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -138,6 +138,26 @@ class Batch:
             new_blocks=np.concatenate([self.new_blocks, other.new_blocks]),
             new_generations=np.concatenate([self.new_generations, other.new_generations]),
         )
+
+    def only_sampled(self) -> Batch:
+        """Its N sampling rows, each as a sequence of its own: a token that sees what it saw, in the same blocks."""
+        owners = np.searchsorted(self.query_starts, self.sample_rows, side="right") - 1
+        positions = self.positions[self.sample_rows]
+        count = np.arange(len(positions) + 1, dtype=np.int32)
+        return replace(
+            self,
+            token_ids=self.token_ids[self.sample_rows],
+            positions=positions,
+            query_starts=count,
+            context_lens=positions + np.int32(1),
+            block_tables=self.block_tables[owners],
+            sample_rows=count[:-1],
+        )
+
+    @property
+    def samples_all(self) -> bool:
+        """Whether all its rows are sampled, in their order."""
+        return len(self.sample_rows) == self.num_tokens and bool((self.sample_rows == np.arange(self.num_tokens)).all())
 
     def pack(self) -> Int64:
         """The batch as one int64 vector: a length and shape header per array, then its bytes padded to 8."""

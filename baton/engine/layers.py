@@ -11,7 +11,7 @@ from baton.engine.attention import Attention
 from baton.engine.devices import LayerCache
 from baton.engine.norm import RMSNorm
 from baton.engine.projections import ColumnParallel, Part, RowParallel, VocabParallel
-from baton.engine.setting import Setting, Step
+from baton.engine.setting import Setting, Step, Wanted
 from baton.engine.weights import Piece
 
 # Hidden states [T, H] as two summands: what the last layer gave and what went in, None where nothing did. The norm that comes next
@@ -52,8 +52,8 @@ class Mlp:
 class AttentionLayer(Protocol):
     """The first half of a block: grouped-query or latent attention."""
 
-    def __call__(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
-        """x [T, H] -> [T, H]; the step's part of the cache is written first."""
+    def __call__(self, x: torch.Tensor, step: Step, cache: LayerCache, wanted: Wanted | None = None) -> torch.Tensor:
+        """x [T, H] -> [T, H], or of the wanted rows [N, H]; the step's part of the cache is written first."""
         ...
 
     def prepare(self) -> None:
@@ -88,9 +88,11 @@ class Block:
         self._attention, self._feed_forward = attention or Attention(setting), feed_forward
         self._before, self._between = RMSNorm(setting, setting.spec.hidden), RMSNorm(setting, setting.spec.hidden)
 
-    def __call__(self, hidden: Hidden, step: Step, cache: LayerCache) -> Hidden:
+    def __call__(self, hidden: Hidden, step: Step, cache: LayerCache, wanted: Wanted | None = None) -> Hidden:
+        """Hidden states of all rows -> of all, or of the wanted ones."""
         x, residual = self._before.add(*hidden)
-        x, residual = self._between.add(self._attention(x, step, cache), residual)
+        x = self._attention(x, step, cache, wanted)
+        x, residual = self._between.add(x, residual if wanted is None else residual[wanted.rows])
         return self._feed_forward(x), residual
 
     def prepare(self) -> None:
@@ -118,19 +120,20 @@ class Decoder:
         self._beyond = tuple(f"model.layers.{layer}." for layer in range(first, first + setting.spec.num_mtp_layers))
 
     def __call__(self, step: Step) -> Hidden:
-        """The last hidden states, before the final norm. A rank with T = 0 takes part in the collectives of its domain."""
+        """The last hidden states of the sampled rows [N, H], before the final norm.
+
+        A rank with T = 0 takes part in the collectives of its domain. Of the other rows the last layer only writes keys and values.
+        """
         hidden: Hidden = self._embedding.embed(step.token_ids), None
-        for block, cache in zip(self._blocks, step.caches, strict=True):
+        for block, cache in zip(self._blocks[:-1], step.caches[:-1], strict=True):
             step.between_layers()
             hidden = block(hidden, step, cache)
-        return hidden
+        step.between_layers()
+        return self._blocks[-1](hidden, step, step.caches[-1], step.sampled)
 
-    def logits(self, hidden: Hidden, rows: torch.Tensor | None = None) -> torch.Tensor | None:
-        """hidden [T, H] -> [N, vocab] of `rows` [N] of them, all if not given, on the leader; None on the others. Uses hidden up."""
-        x, residual = hidden
-        if rows is not None:
-            x, residual = x[rows], None if residual is None else residual[rows]
-        return self._head.logits(self._norm.add(x, residual)[0])
+    def logits(self, hidden: Hidden) -> torch.Tensor | None:
+        """hidden [N, H] -> [N, vocab] on the leader; None on the others. Uses hidden up."""
+        return self._head.logits(self._norm.add(*hidden)[0])
 
     def prepare(self) -> None:
         """Bring all weights into the device's form, one after the other: once, after loading; nothing can be loaded afterwards."""

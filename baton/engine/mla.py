@@ -12,7 +12,7 @@ import torch
 from baton.engine.devices import LatentNorm, LayerCache
 from baton.engine.norm import RMSNorm
 from baton.engine.projections import ColumnParallel, Part, Replicated, RowParallel, columns_of
-from baton.engine.setting import Setting, Step
+from baton.engine.setting import Setting, Step, Wanted
 from baton.engine.spec import MlaSpec
 from baton.engine.weights import Piece
 
@@ -38,11 +38,14 @@ class Mla:
         width = spec.heads * spec.mla.value
         self._out = RowParallel(setting, columns_of(self._heads, spec.mla.value), width, spec.hidden, spec.output_bias)
 
-    def __call__(self, x: torch.Tensor, step: Step, cache: LayerCache) -> torch.Tensor:
-        """x [T, H] -> [T, H]; writes the step's latents and rotated keys into the cache first."""
+    def __call__(self, x: torch.Tensor, step: Step, cache: LayerCache, wanted: Wanted | None = None) -> torch.Tensor:
+        """x [T, H] -> [T, H], or of the wanted rows [N, H]; writes the step's latents and rotated keys into the cache first."""
         queries = self._queries(x).view(len(x), len(self._heads), self._mla.nope + self._mla.rope)
         queries = step.attention.enter_latent(queries, self._compress(x), self._latent_norm, step.cos, step.sin, self._interleaved, cache)
-        return self._out(step.attention.attend_latent(queries, self.key_up, self.value_up, cache, self._scale))
+        attention = step.attention
+        if wanted is not None:
+            queries, attention = queries[wanted.rows], wanted.attention
+        return self._out(attention.attend_latent(queries, self.key_up, self.value_up, cache, self._scale))
 
     def prepare(self) -> None:
         """Once, after loading; what is folded into queries and results stays as it is."""

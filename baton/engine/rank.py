@@ -18,7 +18,7 @@ from baton.engine.parallel import Groups
 from baton.engine.placement import Placement
 from baton.engine.rotary import Rotary
 from baton.engine.sampler import Picks, sample
-from baton.engine.setting import Setting, Step
+from baton.engine.setting import Setting, Step, Wanted
 from baton.engine.spec import ModelSpec
 
 
@@ -82,16 +82,17 @@ class Rank:
     def _logits(self, batch: Batch) -> torch.Tensor | None:
         """The same in the model's dtype."""
         hidden = self._model(self._step(batch))
-        num_rows = len(batch.sample_rows)
-        if not num_rows:
-            return None
-        everything = num_rows == batch.num_tokens and bool((batch.sample_rows == np.arange(num_rows)).all())
-        return self._model.logits(hidden, None if everything else self._device.tensor(batch.sample_rows))
+        return self._model.logits(hidden) if len(batch.sample_rows) else None
 
     def _step(self, batch: Batch) -> Step:
         cos, sin = self._rotary(self._device.tensor(batch.positions), int(batch.positions.max(initial=0)))
         attention = self._device.block_attention(batch, self.kv.layers[0])
-        return Step(self._device.tensor(batch.token_ids), cos, sin, attention, self.kv.layers, self._between_layers)
+        return Step(self._device.tensor(batch.token_ids), cos, sin, attention, self.kv.layers, self._sampled(batch), self._between_layers)
+
+    def _sampled(self, batch: Batch) -> Wanted | None:
+        if batch.samples_all:
+            return None
+        return Wanted(self._device.tensor(batch.sample_rows), self._device.block_attention(batch.only_sampled(), self.kv.layers[0]))
 
 
 def nothing_sampled() -> Sampled:

@@ -34,10 +34,21 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """Some of a step's rows: all that a layer has to compute, once it has written the keys and values of the others, too.
+
+    rows: [N] int64, of T. attention: theirs alone, each over its own context.
+    """
+
+    rows: torch.Tensor
+    attention: BlockAttention
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """What the layers share during one forward. token_ids: [T] int64; cos, sin: [T, 1, rope_dim / 2]; caches: one per layer.
 
-    between_layers: called before each layer, on the thread that computes.
+    sampled: which rows matter after the last layer, None for all. between_layers: called before each layer, on the thread that computes.
     """
 
     token_ids: torch.Tensor
@@ -45,4 +56,5 @@ class Step:
     sin: torch.Tensor
     attention: BlockAttention
     caches: Sequence[LayerCache]
+    sampled: Wanted | None
     between_layers: Callable[[], None]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from baton.engine.batch import Batch, Row
+from baton.engine.batch import Batch, Int32, Row
 from baton.engine.parallel import Groups, Rendezvous
 from baton.engine.placement import Placement
 from tests.engine.driving import BLOCK_SIZE, TIMEOUT_S, make_rank
@@ -17,19 +17,24 @@ from tests.engine.driving import BLOCK_SIZE, TIMEOUT_S, make_rank
 
 @dataclass(frozen=True)
 class Lesson:
-    """A prompt, computed in chunks of these lengths."""
+    """A prompt, computed in chunks of these lengths. every: the logits of which tokens of a chunk are asked for, 0 for none."""
 
     prompt: tuple[int, ...]
     chunks: tuple[int, ...]
+    every: int = 1
+
+    def asked(self, length: int) -> Int32:
+        """The rows of a chunk of this length."""
+        return np.arange(0, length, self.every, dtype=np.int32) if self.every else np.zeros(0, np.int32)
 
     def batches(self) -> list[Batch]:
-        """One per chunk, with the logits of all its tokens."""
+        """One per chunk."""
         stops = np.cumsum(self.chunks).tolist()
         rows = [
             Row(self.prompt[stop - length : stop], stop - length, range(-(-stop // BLOCK_SIZE)))
             for stop, length in zip(stops, self.chunks, strict=True)
         ]
-        return [replace(Batch.build([row]), sample_rows=np.arange(len(row.token_ids), dtype=np.int32)) for row in rows]
+        return [replace(Batch.build([row]), sample_rows=self.asked(len(row.token_ids))) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def _recite(model_dir: Path, lesson: Lesson, dtype: str, placement: Placement, g
     rank = make_rank(model_dir, placement, groups, dtype)
     logits = [rank.logits(batch) for batch in lesson.batches()]
     held = [part.contiguous().view(torch.uint8).numpy().tobytes() for layer in rank.kv.layers for part in layer.parts]
-    return (torch.cat([part for part in logits if part is not None]) if placement.leader else None), b"".join(held)
+    return (torch.cat([torch.zeros(0), *(part for part in logits if part is not None)]) if placement.leader else None), b"".join(held)
 
 
 def transformers_logits(model_dir: Path, prompt: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
