@@ -43,7 +43,7 @@ class DecodeScheduler:
 
     One step at a time: `plan`, `take_suspended`, run the batch, `apply`. Between plan and apply everything else may be called.
     reserve_output_tokens: blocks are reserved for so many at most. max_step_tokens: prompt tokens computed in one step;
-    mixed_step_tokens: in one that also has rows, which all wait for them.
+    mixed_step_tokens: in one that also has rows, which all wait for them, if that is not fewer than the rows.
     """
 
     def __init__(
@@ -176,13 +176,17 @@ class DecodeScheduler:
     def _chunks(self, blocked: AbstractSet[Key]) -> Batch:
         """Parts of the prompts that are computed here, to go after the rows."""
         computing = [entry for _, entry in sorted(self._computing.items()) if entry.key not in blocked]
-        shares = Shares.of(self._mixed_step_tokens if self._step.picked.count else self._max_step_tokens, computing)
+        shares = Shares.of(self._chunk_tokens(self._step.picked.count), computing)
         shares.serve(math.inf)
         plan = StepPlan(num_sampled=self._step.picked.count)
         for entry, count in shares.given:
             self._step.chunks.append((entry, plan.add(self._pool, entry.sequence, count)))
             entry.in_chunks = True
         return plan.batch()
+
+    def _chunk_tokens(self, num_rows: int) -> int:
+        """How many tokens of prompts a step may have: beside rows about as many, so that it takes at most about twice their time."""
+        return min(max(self._mixed_step_tokens, num_rows), self._max_step_tokens) if num_rows else self._max_step_tokens
 
     def take_suspended(self) -> tuple[Key, ...]:
         """Sequences suspended since the last call: their blocks are given up, and the router must be told to send them again.

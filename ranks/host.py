@@ -128,13 +128,14 @@ class RankHost:
             bind_threads(cores)
         self._cores = cores
 
-    def _give_back(self) -> None:
-        """In the middle of a step: what was borrowed, if its owner has work now."""
-        if self._ledger is None or len(self._cores) == self.plan.threads:
-            return
-        cores = self._ledger.look()
-        if len(cores) < len(self._cores):
-            self._use_cores(cores)
+    def _look_round(self) -> None:
+        """In the middle of a step: give back what its owner has work for now, and take what nobody has any more."""
+        if self._ledger is not None:
+            self._use_cores(self._worth(self._ledger.look()))
+
+    def _worth(self, cores: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the cores that are this rank's now those that it should use."""
+        return cores if self._caution.allows(time.monotonic()) else cores[: self.plan.threads]
 
     def _join_ledger(self) -> Ledger | None:
         """Where cores are lent; None where nobody could lend any."""
@@ -169,7 +170,7 @@ class RankHost:
         )
         self._closing.callback(groups.close)
         cache = KVCache(self.shape, self.num_blocks, self.pool.data, self.pool.generations)
-        rank = Rank(self.spec, self.placement, groups, config.model, cache, between_layers=self._give_back)
+        rank = Rank(self.spec, self.placement, groups, config.model, cache, between_layers=self._look_round)
         rank.load(lambda done, total: self._note(LoadProgress("loading weights", done, total)))
         self.runner = Runner(rank, groups)
         self._note(LoadProgress("warming up"))
@@ -208,18 +209,17 @@ class RankHost:
         """With all cores that are this rank's now. They are its own for the next step as well, unless nobody has work for it."""
         if self._ledger is None:
             return self.runner.step(batch)
-        cores, num_own = self._ledger.enter(), self.plan.threads
         began_s = time.monotonic()
-        self._use_cores(cores if self._caution.allows(began_s) else cores[:num_own])
-        asleep, computed_s = False, time.thread_time()
+        self._use_cores(self._worth(self._ledger.enter()))
+        borrowed, asleep, computed_s = self._cores, False, time.thread_time()
         try:
             outcome = self.runner.step(batch)
             asleep = outcome.asleep
         finally:
             self._ledger.leave(idle=asleep)
-        if len(self._cores) > num_own and not asleep:
+        if len(borrowed) > self.plan.threads and self._cores == borrowed and not asleep:
             ended_s = time.monotonic()
-            worth = was_worth_it(num_own, len(self._cores), time.thread_time() - computed_s, ended_s - began_s)
+            worth = was_worth_it(self.plan.threads, len(borrowed), time.thread_time() - computed_s, ended_s - began_s)
             self._caution = self._caution.after(ended_s, worth)
         return outcome
 

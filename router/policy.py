@@ -15,8 +15,11 @@ from typing import Literal
 Names = tuple[str | None, str]
 
 # What a step of a decode group takes beside a chunk of a prompt, in the time of so many of its tokens: reading the weights, and each
-# row, which has the vocabulary to go through and a context to read (qwen3-60m: `python -m bench.micro.step`).
-_STEP_COST, _ROW_COST = 10.0, 1.5
+# row, which has the vocabulary to go through and a context to read (qwen3-60m: `python -m bench.micro.step`). And what a token takes a
+# prefill group, which has its blocks to hand over.
+_STEP_COST, _ROW_COST, _PREFILL_COST = 10.0, 1.5, 1.15
+# How much less a longer gap between two tokens hurts than a later first one.
+_GAP_WEIGHT = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,8 @@ class GroupView:
 class Sharing:
     """When decode groups compute prompts although prefill groups are there.
 
-    max_prompt_tokens: of the longest such prompt; 0: never. step_tokens: of a prompt, in one step beside running sequences.
+    max_prompt_tokens: of the longest such prompt; 0: never. step_tokens: of a prompt, in one step beside running sequences, unless
+    there are more of these.
     """
 
     max_prompt_tokens: int = 0
@@ -102,15 +106,16 @@ def choose(
 def _gain(prefill: GroupView, decode: GroupView, prompt_len: int, sharing: Sharing) -> float:
     """What it saves if a decode group computes a prompt in the place of a prefill group: time summed over all who wait, in prompt tokens.
 
-    The request itself is sooner or later by the difference of both delays. Everybody behind it in prefill's queue need not wait for it.
-    Every stream of the decode group waits for its chunks; that counts half, for a gap hurts less than a late first token.
+    The request itself is sooner or later by the difference of both delays, and so are those who will come behind it. Every stream of the
+    decode group waits for its chunks; of those that are still to come there, half do.
     """
     if not decode.room_for(prompt_len):
         return 0.0
-    steps = -(-(decode.pending_tokens + prompt_len) // sharing.step_tokens)
-    alone = steps * (sharing.step_tokens + _STEP_COST + _ROW_COST * decode.num_sequences)
-    saved = prefill.pending_tokens + prompt_len - alone
-    return saved + prompt_len * (prefill.num_sequences - decode.num_sequences / 2)
+    rows = decode.running_sequences + (decode.waiting_sequences + decode.sent_sequences) / 2
+    chunk = max(sharing.step_tokens, rows)
+    alone = (decode.pending_tokens + prompt_len) / chunk * (chunk + _STEP_COST + _ROW_COST * rows)
+    handed_over = _PREFILL_COST * (prefill.pending_tokens + prompt_len)
+    return 2 * (handed_over - alone) - _GAP_WEIGHT * prompt_len * rows
 
 
 def _chosen(

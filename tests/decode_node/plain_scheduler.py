@@ -167,7 +167,7 @@ class PlainScheduler:
             # Victims are younger or the entry itself: what was planned so far stays.
             if entry.stage is Stage.RUNNING and self._has_room(entry):
                 self._compute(step, entry, 1)
-        budget = self._mixed_step_tokens if self._planned else self._max_step_tokens
+        budget = min(max(self._mixed_step_tokens, len(self._planned)), self._max_step_tokens) if self._planned else self._max_step_tokens
         chunks = Shares.of(budget, self._ready(Stage.COMPUTING, blocked))
         chunks.serve(math.inf)
         for entry, count in chunks.given:

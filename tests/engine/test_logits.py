@@ -54,7 +54,9 @@ def test_two_ranks_in_bfloat16_are_as_good_as_transformers(arch: str, half: Half
 def test_what_the_last_layer_leaves_out_shows_nowhere(arch: str, every: int, tiny: Callable[[str], Path]) -> None:
     """Latent attention takes another way for single rows than for chunks, which rounds otherwise."""
     whole, part = teach(tiny(arch), LESSON, "float32"), teach(tiny(arch), replace(LESSON, every=every), "float32")
-    rows = [start + row for start, length in zip((0, 40, 60), LESSON.chunks, strict=True) for row in replace(LESSON, every=every).asked(length)]
+    rows = [
+        start + row for start, length in zip((0, 40, 60), LESSON.chunks, strict=True) for row in replace(LESSON, every=every).asked(length)
+    ]
     assert part.caches == whole.caches
     assert len(part.logits) == len(rows) and torch.allclose(part.logits.flatten(), whole.logits[rows].flatten(), rtol=0, atol=2e-5)
 
