@@ -1,7 +1,8 @@
 """Who computes on which of a host's cores: each rank on its own, and for as long as others are idle on theirs as well.
 
 The ranks of one cluster on one host share a small file. Each says in it that it is in a step, between steps, or idle, and reads before
-every step, and between its layers, what the others say. So a core that was lent comes back within one layer of its borrower.
+every step, and between its layers, what the others say. So a core that was lent comes back within one layer of its borrower, and one
+that falls idle is of use as soon.
 Knows cores by number from 0, and pids. Does not know: torch, what a step is, or where the file lies.
 """
 

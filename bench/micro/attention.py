@@ -5,6 +5,7 @@ Blocks lie in any order in a cache of several layers, taken in turn, so that the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,11 +14,12 @@ import torch
 
 from baton.engine.batch import Batch
 from baton.engine.batch import Row as Part
-from baton.engine.devices import LayerCache, native, open_device
+from baton.engine.devices import LayerCache, native
 from baton.engine.devices.cpu import CpuDevice
 from bench.micro.limits import Limits
 from bench.micro.row import Row
 from bench.timing import Call, alternated
+from kv_transfer.pool import Pool
 
 _CACHES_BYTES = 1 << 27  # beyond what caches hold
 _MAX_LAYERS = 64
@@ -118,7 +120,8 @@ def _laid_out(load: Load) -> tuple[list[LayerCache], Batch]:
     per_sequence = -(-load.context // load.block_size)
     num_layers = max(1, min(_MAX_LAYERS, _CACHES_BYTES // load.bytes_read))
     shape = load.batch * per_sequence, num_layers, 2, load.kv_heads, load.block_size, load.dim
-    kept = open_device("cpu").empty(shape, str(load.dtype).removeprefix("torch.")).normal_()
+    pool = Pool(shape[0], math.prod(shape[1:]) * load.dtype.itemsize, shared=False)  # as a decode node has it
+    kept = torch.frombuffer(pool.data, dtype=load.dtype).view(shape).normal_()
     order = np.random.default_rng(0).permutation(shape[0]).reshape(load.batch, per_sequence)
     parts = [Part([0] * load.chunk, load.context - load.chunk, blocks.tolist()) for blocks in order]
     return [LayerCache(kept[:, layer].unbind(1)) for layer in range(num_layers)], Batch.build(parts)

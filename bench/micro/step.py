@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from baton.engine.batch import Batch, Row, SampleRow
 from baton.engine.config_json import load_spec
 from baton.engine.devices import Device, open_device
@@ -25,6 +23,7 @@ from baton.engine.placement import Placement
 from baton.engine.rank import Rank, set_threads
 from bench.micro import report, row
 from bench.micro.limits import Limits
+from kv_transfer.pool import Pool
 
 MODEL = Path("demo/model")
 BATCHES, CONTEXT_LEN, BLOCK_SIZE = (1, 16, 128), 75, 16
@@ -74,7 +73,8 @@ class Steps:
         shape = KVShape.of(spec, Placement(), BLOCK_SIZE)
         self._blocks_each, self._context_len = -(-context_len // BLOCK_SIZE), context_len
         num_blocks = max_rows * self._blocks_each
-        kv = KVCache(shape, num_blocks, bytearray(num_blocks * shape.block_bytes), np.zeros(num_blocks, np.uint64))
+        pool = Pool(num_blocks, shape.block_bytes, shared=False)  # as a decode node has it
+        kv = KVCache(shape, num_blocks, pool.data, pool.generations)
         self._seconds: dict[str, float] = defaultdict(float)
         device = cast(Device, Metered(open_device("cpu"), self._seconds))
         self._rank = Rank(spec, Placement(), Groups.alone(), model_dir, kv, device)

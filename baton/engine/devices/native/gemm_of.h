@@ -29,6 +29,14 @@ static void OF_E(round_sums)(float (*sums)[PANEL], int m, const E *bias, long wi
         for (long j = 0; j < width; j++) sums[i][j] = to_float(from_float(bias ? sums[i][j] + to_float(bias[j]) : sums[i][j]));
 }
 
+/* A row of sums -> the outputs of a panel, or those of the last one. */
+static inline void OF_E(store)(const float *restrict sums, long width, E *restrict out) {
+    if (width == PANEL)
+        for (int j = 0; j < PANEL; j++) out[j] = from_float(sums[j]);
+    else
+        for (long j = 0; j < width; j++) out[j] = from_float(sums[j]);
+}
+
 /* gate = silu(gate) * up, silu rounded to E as torch does it. */
 static void OF_E(gate_sums)(float (*gate)[PANEL], float (*up)[PANEL], int m) {
     for (int i = 0; i < m; i++)
@@ -47,10 +55,7 @@ static void OF_E(tile_product)(const Product *p, long first, int m, long panel) 
         if (p->bias || p->gated) OF_E(round_sums)(sums[part], m, p->bias ? (const E *)p->bias + part * p->n + column : NULL, width);
     }
     if (p->gated) OF_E(gate_sums)(sums[0], sums[1], m);
-    for (int i = 0; i < m; i++) {
-        E *out = (E *)(p->out + (first + i) * p->out_stride) + column;
-        for (long j = 0; j < width; j++) out[j] = from_float(sums[0][i][j]);
-    }
+    for (int i = 0; i < m; i++) OF_E(store)(sums[0][i], width, (E *)(p->out + (first + i) * p->out_stride) + column);
 }
 
 void OF_E(product)(const Product *p, long first, long stop, long from, long to) {

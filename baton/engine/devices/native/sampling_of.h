@@ -1,13 +1,14 @@
 /* Kernels of sampling.c for one element type; see element.h.
  *
- * The weight of an id is e ** ((logit - largest) * sharpness), one over the temperature. Weights are summed part by part: lanes of float32 within a part of PART
- * ids, which are folded in a fixed order, and float64 from part to part. So a draw looks for its part first, and then into that one only.
+ * The weight of an id is e ** ((logit - largest) * sharpness), one over the temperature. Weights are summed part by part: float32
+ * within a part of PART ids, in the order of the compiler, and float64 from part to part. So a draw looks for its part first, and then into
+ * that one only.
  */
 
 #ifndef SAMPLING_ONCE
 #define SAMPLING_ONCE
 #include <float.h>
-enum { PART = 512, LANES = 16 };
+enum { PART = 512 };
 #endif
 
 static inline float OF_E(weight)(E logit, float largest, float sharpness) {
@@ -16,14 +17,10 @@ static inline float OF_E(weight)(E logit, float largest, float sharpness) {
 
 /* The weights of num ids <= PART, all together. */
 static inline float OF_E(part_sum)(const E *row, int64_t num, float largest, float sharpness) {
-    float lanes[LANES] = {0};
-    int64_t start = 0;
-    for (; start + LANES <= num; start += LANES)
-        for (int64_t i = 0; i < LANES; i++) lanes[i] += OF_E(weight)(row[start + i], largest, sharpness);
-    for (; start < num; start++) lanes[start % LANES] += OF_E(weight)(row[start], largest, sharpness);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < num; i++) sum += OF_E(weight)(row[i], largest, sharpness);
+    return sum;
 }
 
 /* The first of num ids at which the sum of weights, from `before` on, exceeds the target; if rounding has it that none does, the last one
