@@ -58,7 +58,7 @@ class DecodeLeader:
             block_bytes=host.block_bytes,
             vocab_size=host.vocab_size,
         )
-        self.drive = Drive(host.step, host.wake_others, self)
+        self.drive = Drive(host.step, host.wake_others, self, host.step_begun)
         self._admitting: asyncio.Handle | None = None
         self._untold: list[Applied] = []  # what steps have brought, until `tell`, which comes while the next one is computed
 

@@ -51,7 +51,7 @@ class PrefillLeader:
             handshake_s=config.transfer.handshake_s,
             drain_s=config.transfer.read_s,
         )
-        self.drive = Drive(host.step, host.wake_others, self)
+        self.drive = Drive(host.step, host.wake_others, self, host.step_begun)
         self.exports: tuple[Export, ...] = ()  # of all ranks of the node, once they are up
         self._by_lease: dict[int, Key] = {}  # until the attempt is over
 

@@ -16,6 +16,7 @@ from baton.errors import BatonError, InvalidRequest
 
 Step = Callable[[Batch | None], Awaitable[StepOutcome]]
 WakeOthers = Callable[[int], Awaitable[None]]
+Begun = Callable[[], Awaitable[None]]
 
 
 class Planner(Protocol):
@@ -39,8 +40,10 @@ class Drive:
     A step that raises ends the drive, and so does `fail`: the rank's process group is then unusable and the node is rebuilt as a unit.
     """
 
-    def __init__(self, step: Step, wake_others: WakeOthers, planner: Planner | None) -> None:
+    def __init__(self, step: Step, wake_others: WakeOthers, planner: Planner | None, begun: Begun | None = None) -> None:
+        """begun: returns once the step that was asked for last is really under way."""
         self._step = step
+        self._begun = begun
         self._wake_others = wake_others
         self._planner = planner
         self._state = WakeState()
@@ -129,13 +132,16 @@ class Drive:
             await self._wake_others(epoch)
 
     async def _run_step(self, batch: Batch | None) -> None:
-        """Awaiting the step begins it; what this task does not do itself has its turn only then, `tell` first of all."""
+        """Awaiting the step begins it; what this task does not do itself has its turn only then."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         self._in_step = True
         telling = loop.create_task(self._tell_during_step())
-        outcome = await self._step(batch)
-        await telling  # done long ago, unless it has failed
+        try:
+            outcome = await self._step(batch)
+            await telling  # done long ago, unless it has failed
+        finally:
+            telling.cancel()
         self._in_step = False
         self.busy_s += loop.time() - began
         self.steps += not outcome.asleep
@@ -144,4 +150,7 @@ class Drive:
         self._state.on_step(self._state.epoch + 1, outcome.asleep)
 
     async def _tell_during_step(self) -> None:
+        """Not before it has begun: telling takes the interpreter, and maybe the core, that the step needs to begin."""
+        if self._begun is not None:
+            await self._begun()
         self._tell()

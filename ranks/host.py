@@ -223,6 +223,10 @@ class RankHost:
             self._caution = self._caution.after(ended_s, worth)
         return outcome
 
+    async def step_begun(self) -> None:
+        """Until the step that was asked for last is under way."""
+        await self._step_thread.begun()
+
     async def wake_others(self, epoch: int) -> None:
         """Call the other ranks of the domain to step `epoch`."""
         await wake_all(self.partners, epoch)

@@ -46,6 +46,9 @@ class Seat(Protocol):
     def step(self, batch: Batch | None) -> Awaitable[StepOutcome]:
         """One step together with the domain."""
 
+    def step_begun(self) -> Awaitable[None]:
+        """Until the step that was asked for last is under way."""
+
     def wake_others(self, epoch: int) -> Awaitable[None]:
         """Call the other ranks of the domain to step `epoch`."""
 

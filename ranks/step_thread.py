@@ -30,7 +30,12 @@ class StepThread:
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="baton-step", daemon=True)
+        self._begun = asyncio.Event()
         self._closed = False
+
+    async def begun(self) -> None:
+        """Until the call that was handed over last has begun. Whoever waits for it must give up with that call, which may never begin."""
+        await self._begun.wait()
 
     async def run(self, call: Callable[[], Result]) -> Result:
         """What `call` returns or raises, once its turn has come. Raises Unavailable on a thread that is closed.
@@ -42,6 +47,7 @@ class StepThread:
         if self._thread.ident is None:
             self._thread.start()
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._begun.clear()
         self._work.put((future, call))
         return await future
 
@@ -65,6 +71,7 @@ class StepThread:
             return False
         future, call = work
         if not future.cancelled():
+            _on_its_loop(future, self._begun.set)
             _settle(future, call)
         return True
 
@@ -79,9 +86,13 @@ def _settle(future: asyncio.Future[Result], call: Callable[[], Result]) -> None:
 
 
 def _answer(future: asyncio.Future[Any], answer: Callable[[Any], None], value: Any) -> None:
+    _on_its_loop(future, lambda: _answered(future, answer, value))
+
+
+def _on_its_loop(future: asyncio.Future[Any], call: Callable[[], object]) -> None:
     """On the loop that waits for it; if that was closed meanwhile, nobody does any more."""
     with contextlib.suppress(RuntimeError):
-        future.get_loop().call_soon_threadsafe(_answered, future, answer, value)
+        future.get_loop().call_soon_threadsafe(call)
 
 
 def _answered(future: asyncio.Future[Any], answer: Callable[[Any], None], value: Any) -> None:

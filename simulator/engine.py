@@ -133,6 +133,9 @@ class SimSeat:
     async def wake_others(self, epoch: int) -> None:
         """See Seat: this rank steps alone."""
 
+    async def step_begun(self) -> None:
+        """See Seat: here nobody is in its way."""
+
     async def step(self, batch: Batch | None) -> StepOutcome:
         """See Seat."""
         assert batch is not None, "leaders bring a batch"

@@ -43,6 +43,9 @@ class Desktop:
     def step(self, batch: Batch | None) -> Awaitable[StepOutcome]:
         raise AssertionError("steps are taken by hand")
 
+    def step_begun(self) -> Awaitable[None]:
+        raise AssertionError("steps are taken by hand")
+
     def wake_others(self, epoch: int) -> Awaitable[None]:
         raise AssertionError("nobody else is there")
 

@@ -100,6 +100,21 @@ async def test_what_a_step_brought_is_told_while_the_next_one_is_computed(rank: 
     await running
 
 
+async def test_nothing_is_told_before_the_next_step_has_begun(rank: Alone) -> None:
+    has_begun = asyncio.Event()
+    rank.drive = Drive(rank._step, rank._wake, rank, has_begun.wait)
+    rank.left = 2
+    rank.may_end.set()
+    running = asyncio.create_task(rank.drive.run())
+    await eventually(lambda: rank.happened[-1:] == ["step done"], "the end of the first step")
+    await asyncio.sleep(0.02)
+    assert "apply" not in rank.happened, "what it brought is taken in once the steps before are told"
+    has_begun.set()
+    await eventually(lambda: rank.applied == 2 and rank.drive.asleep, "the end of the work")
+    rank.drive.close()
+    await running
+
+
 async def test_it_does_not_fall_asleep_before_everything_is_told(rank: Alone) -> None:
     rank.left = 1
     rank.may_end.set()

@@ -45,6 +45,21 @@ async def test_a_closed_thread_leaves_the_call_under_way_alone_and_begins_no_oth
     assert await first == "done"
 
 
+async def test_it_is_told_when_a_call_has_begun() -> None:
+    thread, may_begin, may_end = StepThread(), threading.Event(), threading.Event()
+    first = asyncio.create_task(thread.run(lambda: may_begin.wait(10)))
+    second = asyncio.create_task(thread.run(lambda: may_end.wait(10)))
+    await asyncio.sleep(0)
+    begun = asyncio.create_task(thread.begun())
+    may_begin.set()
+    assert await first
+    await begun
+    assert not second.done()
+    may_end.set()
+    assert await second
+    thread.close()
+
+
 class Large:
     """Something that should not be kept."""
 
