@@ -80,7 +80,7 @@ class DecodeConfig(Section):
         description="prompt tokens computed in one step, when a decode node has to compute prompts itself because no prefill node is left",
     )
     mixed_step_tokens: int = Field(
-        48,
+        40,
         ge=1,
         description="prompt tokens computed in one step beside running sequences, whose next tokens wait for them; if more sequences run, "
         "as many as these",
