@@ -139,14 +139,14 @@ class Batch:
             new_generations=np.concatenate([self.new_generations, other.new_generations]),
         )
 
-    def only_sampled(self) -> Batch:
-        """Its N sampling rows, each as a sequence of its own: a token that sees what it saw, in the same blocks."""
-        owners = np.searchsorted(self.query_starts, self.sample_rows, side="right") - 1
-        positions = self.positions[self.sample_rows]
+    def only(self, rows: Int32) -> Batch:
+        """Some of its rows, each as a sequence of its own: a token that sees what it saw, in the same blocks."""
+        owners = np.searchsorted(self.query_starts, rows, side="right") - 1
+        positions = self.positions[rows]
         count = np.arange(len(positions) + 1, dtype=np.int32)
         return replace(
             self,
-            token_ids=self.token_ids[self.sample_rows],
+            token_ids=self.token_ids[rows],
             positions=positions,
             query_starts=count,
             context_lens=positions + np.int32(1),

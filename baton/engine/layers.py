@@ -120,7 +120,7 @@ class Decoder:
         self._beyond = tuple(f"model.layers.{layer}." for layer in range(first, first + setting.spec.num_mtp_layers))
 
     def __call__(self, step: Step) -> Hidden:
-        """The last hidden states of the sampled rows [N, H], before the final norm.
+        """The last hidden states of the step's wanted rows [N, H], before the final norm.
 
         A rank with T = 0 takes part in the collectives of its domain. Of the other rows the last layer only writes keys and values.
         """
@@ -129,7 +129,7 @@ class Decoder:
             step.between_layers()
             hidden = block(hidden, step, cache)
         step.between_layers()
-        return self._blocks[-1](hidden, step, step.caches[-1], step.sampled)
+        return self._blocks[-1](hidden, step, step.caches[-1], step.wanted)
 
     def logits(self, hidden: Hidden) -> torch.Tensor | None:
         """hidden [N, H] -> [N, vocab] on the leader; None on the others. Uses hidden up."""

@@ -87,12 +87,16 @@ class Rank:
     def _step(self, batch: Batch) -> Step:
         cos, sin = self._rotary(self._device.tensor(batch.positions), int(batch.positions.max(initial=0)))
         attention = self._device.block_attention(batch, self.kv.layers[0])
-        return Step(self._device.tensor(batch.token_ids), cos, sin, attention, self.kv.layers, self._sampled(batch), self._between_layers)
+        return Step(self._device.tensor(batch.token_ids), cos, sin, attention, self.kv.layers, self._wanted(batch), self._between_layers)
 
-    def _sampled(self, batch: Batch) -> Wanted | None:
+    def _wanted(self, batch: Batch) -> Wanted | None:
+        """The sampled rows, and the last one where none is: whoever leads knows that all ranks have written their keys and values, also
+        the last layer's, because it has added up with them what came next. Then others may read them.
+        """
         if batch.samples_all:
             return None
-        return Wanted(self._device.tensor(batch.sample_rows), self._device.block_attention(batch.only_sampled(), self.kv.layers[0]))
+        rows = batch.sample_rows if len(batch.sample_rows) else np.array([batch.num_tokens - 1], np.int32)
+        return Wanted(self._device.tensor(rows), self._device.block_attention(batch.only(rows), self.kv.layers[0]))
 
 
 def nothing_sampled() -> Sampled:

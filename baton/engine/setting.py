@@ -48,7 +48,7 @@ class Wanted:
 class Step:
     """What the layers share during one forward. token_ids: [T] int64; cos, sin: [T, 1, rope_dim / 2]; caches: one per layer.
 
-    sampled: which rows matter after the last layer, None for all. between_layers: called before each layer, on the thread that computes.
+    wanted: the rows that matter after the last layer, None for all. between_layers: called before each layer, on the thread that computes.
     """
 
     token_ids: torch.Tensor
@@ -56,5 +56,5 @@ class Step:
     sin: torch.Tensor
     attention: BlockAttention
     caches: Sequence[LayerCache]
-    sampled: Wanted | None
+    wanted: Wanted | None
     between_layers: Callable[[], None]
