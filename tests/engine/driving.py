@@ -6,7 +6,7 @@ What comes out must not depend on any of it. Imports no transformers, which rank
 import multiprocessing
 import queue
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,13 +74,20 @@ def make_runner(model_dir: Path, placement: Placement, groups: Groups, dtype: st
     return Runner(make_rank(model_dir, placement, groups, dtype, quantization), groups)
 
 
-def make_rank(model_dir: Path, placement: Placement, groups: Groups, dtype: str = "auto", quantization: str = "auto") -> Rank:
+def make_rank(
+    model_dir: Path,
+    placement: Placement,
+    groups: Groups,
+    dtype: str = "auto",
+    quantization: str = "auto",
+    between_layers: Callable[[], None] = lambda: None,
+) -> Rank:
     """Its rank."""
     spec = load_spec(model_dir, dtype, quantization)
     shape = KVShape.of(spec, placement, BLOCK_SIZE)
     buffer = bytearray(b"\x55" * (NUM_BLOCKS * shape.block_bytes))
     kv = KVCache(shape, NUM_BLOCKS, buffer, np.zeros(NUM_BLOCKS, np.uint64))
-    rank = Rank(spec, placement, groups, model_dir, kv)
+    rank = Rank(spec, placement, groups, model_dir, kv, between_layers=between_layers)
     rank.load()
     return rank
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baton.engine.batch import Batch, Row
 from baton.engine.parallel import Groups, Rendezvous
 from baton.engine.placement import Placement
+from baton.engine.rank import Rank
 from baton.errors import ConfigError, NodeLost
-from tests.engine.driving import Job, Tokens, asks, run_in_processes, run_in_threads
+from tests.engine.driving import TIMEOUT_S, Job, Tokens, asks, make_rank, run_in_processes, run_in_threads
 from tests.engine.golden import assert_equal, expected
 
 Tiny = Callable[[str], Path]
@@ -205,3 +208,25 @@ def test_a_peer_that_never_comes_is_an_error() -> None:
     with pytest.raises(NodeLost, match="met not all of its 2 ranks"):
         Groups.connect(Placement.of(0, 2), "127.0.0.1", meeting.port, 1.0)
     meeting.close()
+
+
+@pytest.mark.parametrize("arch", ["llama", "deepseek_v2", "qwen3_moe"])
+def test_when_the_leaders_step_is_over_every_rank_has_written(arch: str, tiny: Tiny) -> None:
+    """Also when nothing is sampled: decode reads blocks from all ranks as soon as the leader says that they are there."""
+    meeting, ranks, both = Rendezvous("127.0.0.1", TIMEOUT_S), dict[int, Rank](), Barrier(2)
+
+    def play(number: int) -> list[torch.Tensor]:
+        placement = Placement.of(number, 2)
+        groups = Groups.connect(placement, "127.0.0.1", meeting.port, TIMEOUT_S)
+        ranks[number] = make_rank(tiny(arch), placement, groups, between_layers=lambda: time.sleep(0.1 * number))
+        both.wait(TIMEOUT_S)
+        ranks[number].forward(Batch.build([Row([5] * 20, 0, [0, 1, 2])]))
+        seen = [part.clone() for part in ranks[1].kv.layers[-1].parts]
+        both.wait(TIMEOUT_S)
+        groups.close()
+        return seen
+
+    with ThreadPoolExecutor(2) as threads:
+        by_leader, by_follower = threads.map(play, range(2), timeout=TIMEOUT_S)
+    meeting.close()
+    assert all(map(torch.equal, by_leader, by_follower))
