@@ -15,8 +15,6 @@ from baton.engine.devices.cpu_elementwise import TorchElementwise
 from baton.engine.devices.cpu_slots import Slots
 from baton.engine.devices.native import kernel
 
-_DRAW_PART = 512  # PART of native/sampling_of.h
-
 
 class NativeElementwise:
     """Implements Elementwise: bfloat16 and float32 by kernels, what they do not take by torch."""
@@ -31,6 +29,7 @@ class NativeElementwise:
         self._embed = kernel(kernels, "embed", (c_void_p, c_int64, c_void_p, *[c_int64] * 3, c_void_p))
         self._argmax = kernel(kernels, "argmax", (c_void_p, *[c_int64] * 3, *pointers[:2]))
         self._draw = kernel(kernels, "draw", (c_void_p, *[c_int64] * 3, *pointers[:5]))
+        self._draw_part: int = kernels.draw_part()
         latent = (c_void_p, *[c_int64] * 3, *pointers[:2], c_float, *pointers[:2], c_int64, *pointers[:3])
         self._enter_latent = kernel(kernels, "enter_latent", latent)
         self._enter = kernel(kernels, "enter", (c_void_p, c_int64, *pointers[:3], c_float, *pointers[:5]))
@@ -89,7 +88,7 @@ class NativeElementwise:
         if run is None or logits.stride(1) != 1:
             return self._plain.draw(logits, top_ids, temperatures, uniforms)
         num_rows, vocab = logits.shape
-        ids, sums = torch.empty_like(top_ids), torch.empty(num_rows, -(-vocab // _DRAW_PART))
+        ids, sums = torch.empty_like(top_ids), torch.empty(num_rows, -(-vocab // self._draw_part))
         given = (tensor.data_ptr() for tensor in (top_ids, temperatures, uniforms, sums, ids))
         run(logits.data_ptr(), logits.stride(0), num_rows, vocab, *given)
         return ids
